@@ -1,0 +1,152 @@
+"""What do the benchmarks measure?
+
+Prepares a checkpoint and images once, through the core's own functions, and turns amax tables into graphs. Results
+are written with machine and versions.
+"""
+
+import argparse
+import json
+import platform
+import tempfile
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ptq import datasets
+from ptq.benchmarking import machine_description
+from ptq.calibration import amax_table, statistics_from_files
+from ptq.config import Dialect, Method, PreprocessingConfig, QuantizationConfig
+from ptq.evaluation import npy_from_array
+from ptq.histogram import Histograms
+from ptq.images import network_input
+from ptq.onnx_graph import write_candidate
+from ptq.preparation import PreparedModel, prepare_model, write_template
+from ptq.store import library_versions
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """Returns a parser with the options that name a model and its images."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--model", required=True, help="torchvision classifier or package.module:factory")
+    parser.add_argument("--checkpoint", required=True, type=Path)
+    parser.add_argument("--data", required=True, help="image folder or manifest")
+    parser.add_argument("--channels", type=int, default=3)
+    parser.add_argument("--resize", type=int, default=256)
+    parser.add_argument("--crop", type=int, default=224)
+    parser.add_argument("--mean", type=float, nargs="+", default=[0.485, 0.456, 0.406])
+    parser.add_argument("--std", type=float, nargs="+", default=[0.229, 0.224, 0.225])
+    parser.add_argument("--calibration-images", type=int, default=128)
+    parser.add_argument("--name", default="", help="name in the results; default: the model's")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    return parser
+
+
+@dataclass
+class Subject:
+    """A prepared model with its placement, calibration histograms and test images."""
+
+    options: argparse.Namespace
+    quantization: QuantizationConfig
+    directory: Path
+
+    def __post_init__(self) -> None:
+        """Loads the model and the index of the images."""
+        options = self.options
+        self.preprocessing = PreprocessingConfig(
+            channels=options.channels, resize=options.resize, crop=options.crop, mean=tuple(options.mean),
+            std=tuple(options.std),
+        )  # fmt: skip
+        self.index = datasets.index_images(
+            options.data, calibration_split="train", selection_split="val", test_split="test"
+        )
+        self.shape = (options.channels, options.crop, options.crop)
+        self.prepared: PreparedModel = prepare_model(
+            name=options.model,
+            checkpoint=options.checkpoint,
+            class_count=len(self.index.class_names),
+            has_named_classes=self.index.has_named_classes,
+            input_shape=self.shape,
+            quantization=self.quantization,
+            directory=self.directory,
+        )
+        self.template = self.directory / "template.onnx"
+        write_template(
+            self.template,
+            weights=self.prepared.files["weights"],
+            plan=self.prepared.plan,
+            name=options.model,
+            num_classes=self.prepared.num_classes,
+            input_shape=self.shape,
+        )
+
+    def images(self, split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the first images of a stratified draw of a split as the network reads them, and their labels."""
+        rows = datasets.rows_of_split_table(self.index.table, split)
+        labels = np.array([row.label for row in rows])
+        if count < len(rows):
+            rows = [rows[i] for i in datasets.draw_stratified(labels, images=count, seed=0)]
+        pixels = datasets.decode_rows(rows, root=str(self.index.root), preprocessing=self.preprocessing)
+        inputs = network_input(pixels, mean=self.preprocessing.mean, std=self.preprocessing.std)
+        return inputs, np.array([row.label for row in rows])
+
+    def histograms(self, seed: int = 0) -> Histograms:
+        """Returns the activation histograms of one draw of calibration images."""
+        rows = datasets.rows_of_split_table(self.index.table, "train")
+        labels = np.array([row.label for row in rows])
+        chosen = [rows[i] for i in datasets.draw_stratified(labels, images=self.options.calibration_images, seed=seed)]
+        pixels = datasets.decode_rows(chosen, root=str(self.index.root), preprocessing=self.preprocessing)
+        (self.directory / "pixels.npy").write_bytes(npy_from_array(pixels))
+        (self.directory / "files.json").write_text(json.dumps([[row.path, row.sha256] for row in chosen]))
+        (trial,) = statistics_from_files(
+            observed_onnx=self.prepared.files["observed_onnx"],
+            plan=self.prepared.plan,
+            pixels=self.directory / "pixels.npy",
+            files=self.directory / "files.json",
+            draws=[range(len(chosen))],
+            mean=self.preprocessing.mean,
+            std=self.preprocessing.std,
+            bins=4096,
+            threads=0,
+        )
+        return trial
+
+    def amax(self, histograms: Histograms, dialect: Dialect, method: Method) -> dict[str, float]:
+        """Returns the amax table of one method."""
+        return amax_table(histograms, plan=self.prepared.plan, dialect=dialect, method=method, percentile=99.99)
+
+    def graph(self, amax: dict[str, float], dialect: Dialect, name: str) -> Path:
+        """Writes the Q/DQ graph of an amax table and returns its path."""
+        path = self.directory / f"{name}.onnx"
+        write_candidate(
+            self.template, path, plan=self.prepared.plan, dialect=dialect, activation_amax=amax, metadata={}
+        )
+        return path
+
+
+def temporary_subject(options: argparse.Namespace, quantization: QuantizationConfig | None = None) -> Subject:
+    """Returns a subject in a new temporary folder."""
+    return Subject(options, quantization or QuantizationConfig(), Path(tempfile.mkdtemp(prefix="ptq-benchmark-")))
+
+
+def write_result(options: argparse.Namespace, benchmark: str, found: Any) -> Path:
+    """Writes a result with machine, versions and date, and returns its path."""
+    options.results.mkdir(parents=True, exist_ok=True)
+    path = options.results / f"{benchmark}_{options.name or options.model}.json"
+    document = {
+        "benchmark": benchmark,
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine_description(),
+        "versions": {"python": platform.python_version(), **library_versions()},
+        "options": {
+            key: value if isinstance(value, int | float | list) else Path(value).name if key != "model" else value
+            for key, value in vars(options).items()
+            if key != "results"
+        },
+        "found": found,
+    }
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    print(f"wrote {path}")
+    return path

@@ -1,0 +1,493 @@
+"""The `ptq` command: what a person types, and what the terminal shows.
+
+Turns options into a config, runs a flow or one core call, and prints tables. Heavy libraries are imported
+inside the commands, so that `ptq --help` answers at once. Exit codes: 0 accepted or done, 1 failed or checks
+failed, 2 wrong usage or config, 3 rejected by the gate.
+"""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from pydantic import BaseModel, ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table as RichTable
+
+from ptq.config import (
+    DataConfig,
+    ModelConfig,
+    PtqConfig,
+    TrainingConfig,
+    describe_validation_error,
+    load_yaml,
+)
+from ptq.errors import PtqError, UsageError
+from ptq.verdict import Verdict
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="INT8 post-training quantization of PyTorch image classifiers, on Prefect.",
+)
+FAILED, WRONG_USAGE, REJECTED = 1, 2, 3
+# Quiet: the embedded server neither phones home nor gives up while a busy machine starts it.
+_ENVIRONMENT = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
+}
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document for programs, nothing else.")]
+Config = Annotated[
+    Path | None, typer.Option("--config", help="YAML file with any of the options; options given here win.")
+]
+Threads = Annotated[int | None, typer.Option(help="CPU threads of the engine; 0: all cores.")]
+Engine = Annotated[str | None, typer.Option(help="auto, openvino, tensorrt or onnxruntime.")]
+Channels = Annotated[int | None, typer.Option(help="Channels of the network's input, 1 or 3.")]
+Resize = Annotated[int | None, typer.Option(help="Shorter side after resizing, in pixels.")]
+Crop = Annotated[int | None, typer.Option(help="Side of the centred crop, in pixels; 0 or left out: the config's.")]
+Mean = Annotated[list[float] | None, typer.Option(help="Mean per channel, in units of [0, 1]; repeat per channel.")]
+Std = Annotated[list[float] | None, typer.Option(help="Standard deviation per channel; repeat per channel.")]
+
+
+class Terminal:
+    """Shows stages as they end, and bars while they run if the output is a terminal."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._console = Console(stderr=True, quiet=quiet, highlight=False)
+        self._progress: Progress | None = None
+        self._bars: dict[str, TaskID] = {}
+        if self._console.is_terminal and not quiet:
+            self._progress = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(), console=self._console, transient=True,
+            )  # fmt: skip
+
+    def __enter__(self) -> "Terminal":
+        from tasks.progress import add_listener
+
+        add_listener(self)
+        if self._progress:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        from tasks.progress import remove_listener
+
+        remove_listener(self)
+        if self._progress:
+            self._progress.stop()
+
+    def say(self, text: str) -> None:
+        """Prints one line above the bars."""
+        self._console.print(text, markup=False)
+
+    def advanced(self, what: str, done: int, total: int) -> None:
+        """Moves the bar of `what`."""
+        if self._progress is None:
+            return
+        if what not in self._bars:
+            self._bars[what] = self._progress.add_task(what, total=total, rate="")
+        bar = self._bars[what]
+        self._progress.update(bar, completed=done, total=total)
+        speed = self._progress.tasks[self._progress.task_ids.index(bar)].speed
+        self._progress.update(bar, rate=f"{speed:.0f}/s" if speed else "")
+        if done >= total:
+            self._progress.remove_task(self._bars.pop(what))
+
+    def finished(self, stage: str, seconds: float, cached: bool) -> None:
+        """Prints a line for a finished stage."""
+        self.say(f"  {stage:<26} {'cached' if cached else f'{seconds:.1f} s'}")
+
+
+def main() -> None:
+    """Runs the command; the project's own errors become one message and an exit code."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    # absl configures the root logger on its first record unless it has a handler, and then prints every log twice.
+    logging.getLogger().addHandler(logging.NullHandler())
+    try:
+        app()
+    except UsageError as error:
+        _fail(str(error), WRONG_USAGE)
+    except PtqError as error:
+        _fail(str(error), FAILED)
+    except KeyboardInterrupt:
+        _fail("Interrupted. Finished stages are kept; the same command goes on from there.", 130)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"ptq: {message}", markup=False)
+    if "--json" in sys.argv:
+        _print_json({"error": message, "exit_code": code})
+    raise SystemExit(code)
+
+
+def _print_json(document: Any) -> None:
+    sys.stdout.write(json.dumps(document, indent=1, sort_keys=True) + "\n")
+
+
+def _validated(kind: type[BaseModel], content: dict[str, Any], source: str) -> Any:
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        raise UsageError(describe_validation_error(error, source=source)) from error
+
+
+def _merged(base: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Returns `base` with the options that were given laid over it, section by section."""
+    result = dict(base)
+    for key, value in options.items():
+        if isinstance(value, dict):
+            section = result.get(key) or {}
+            if not isinstance(section, dict):
+                raise UsageError(f"{key} is {section!r} in the config file; expected a section with keys of its own.")
+            below = _merged(section, value)
+            if below:
+                result[key] = below
+        elif value is not None and value != []:
+            result[key] = value
+    return result
+
+
+def _preprocessing(channels: Any, resize: Any, crop: Any, mean: Any, std: Any) -> dict[str, Any]:
+    """Returns the preprocessing section; a resize below the default crop also sets the crop."""
+    if resize is not None and crop is None and resize < 224:
+        crop = resize
+    return {"channels": channels, "resize": resize, "crop": crop, "mean": mean, "std": std}
+
+
+def _run_flow(flow: Any, **arguments: Any) -> Any:
+    """Runs a flow and returns its result; the error it failed with is raised as it was."""
+    from prefect.logging.loggers import get_logger
+
+    # The terminal has its own lines; the run's logs go on to the server.
+    for handler in [*get_logger().handlers, *logging.getLogger("prefect").handlers]:
+        if type(handler).__name__ == "PrefectConsoleHandler":
+            handler.setLevel(logging.CRITICAL + 1)
+    state = flow(**arguments, return_state=True)
+    return state.result(raise_on_failure=True)
+
+
+@app.command()
+def quantize(
+    model: Annotated[str | None, typer.Option(help="Torchvision classifier, or package.module:factory.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="File with the FP32 weights.")] = None,
+    data: Annotated[str | None, typer.Option(help="Image folder or manifest (.csv, .parquet).")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="max, percentile, mse or entropy; repeat for several.")
+    ] = None,
+    trials: Annotated[int | None, typer.Option(help="Seeded draws of calibration images.")] = None,
+    calibration_images: Annotated[int | None, typer.Option(help="Images in each draw.")] = None,
+    percentile: Annotated[float | None, typer.Option(help="Share of values kept, in percent.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the first draw.")] = None,
+    engine: Engine = None,
+    threads: Threads = None,
+    dialect: Annotated[list[str] | None, typer.Option(help="cpu or tensorrt; repeat for both.")] = None,
+    skip_layer: Annotated[list[str] | None, typer.Option(help="Layer left in float; repeat for several.")] = None,
+    batch_size: Annotated[list[int] | None, typer.Option(help="Batch size measured; repeat for several.")] = None,
+    max_drop: Annotated[
+        float | None, typer.Option(help="Largest accuracy drop accepted, in percentage points.")
+    ] = None,
+    min_speedup: Annotated[float | None, typer.Option(help="Least speed-up over FP32 accepted.")] = None,
+    channels: Channels = None,
+    resize: Resize = None,
+    crop: Crop = None,
+    mean: Mean = None,
+    std: Std = None,
+    calibration_split: Annotated[str | None, typer.Option(help="Split calibration images are drawn from.")] = None,
+    selection_split: Annotated[str | None, typer.Option(help="Split the best candidate is chosen on.")] = None,
+    test_split: Annotated[str | None, typer.Option(help="Split the verdict is reported on.")] = None,
+    publish_as: Annotated[str | None, typer.Option(help="Name under which the model is published.")] = None,
+    store: Annotated[str | None, typer.Option(help="Store of artifacts, file:// URI or folder.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder for report, graphs and tables.")] = None,
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
+    """Quantize a checkpoint with every method and trial, judge the best, publish it if accepted."""
+    options = {
+        "model": {"name": model, "checkpoint": checkpoint, "publish_as": publish_as},
+        "data": {
+            "path": data, "calibration_split": calibration_split, "selection_split": selection_split,
+            "test_split": test_split, "preprocessing": _preprocessing(channels, resize, crop, mean, std),
+        },
+        "quantization": {"dialects": dialect, "skip_layers": skip_layer},
+        "calibration": {
+            "methods": method, "trials": trials, "images": calibration_images, "percentile": percentile, "seed": seed,
+        },
+        "engine": {"name": engine, "threads": threads},
+        "benchmark": {"batch_sizes": batch_size},
+        "gate": {"max_drop_pp": max_drop, "min_speedup_fp32": min_speedup},
+        "output": {"store": store, "directory": output},
+    }  # fmt: skip
+    content = _merged(load_yaml(config) if config else {}, options)
+    source = f"Config file {config} with the options given" if config else "The options given"
+    _quantize(_validated(PtqConfig, content, source), as_json)
+
+
+def _quantize(config: PtqConfig, as_json: bool) -> None:
+    from flows.quantize_model import quantize_model
+
+    with Terminal(quiet=as_json) as terminal:
+        terminal.say(f"Quantizing {config.model.name} ({config.model.checkpoint})")
+        result = _run_flow(quantize_model, config=config)
+    folder = Path(result.output_directory)
+    verdict = Verdict.model_validate_json((folder / "verdict.json").read_bytes())
+    _show_verdict(verdict, folder, as_json)
+    if not result.accepted:
+        raise typer.Exit(REJECTED)
+
+
+def _show_verdict(verdict: Verdict, folder: Path, as_json: bool) -> None:
+    if as_json:
+        _print_json(json.loads(verdict.model_dump_json(by_alias=True)))
+        return
+    from ptq.terminal import tables_of_verdict
+
+    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    for table in tables_of_verdict(verdict):
+        console.print(_rich_table(table))
+    word = "Accepted" if verdict.gate.accepted else "Rejected"
+    console.print(f"{word}: {' '.join(verdict.gate.reasons)}", markup=False)
+    console.print(f"Report: {folder / 'report.html'}", markup=False)
+
+
+def _rich_table(table: Any) -> RichTable:
+    result = RichTable(title=table.title, title_justify="left", title_style="bold")
+    for index, column in enumerate(table.columns):
+        result.add_column(column, justify="right" if table.is_numeric(index) else "left")
+    for index, row in enumerate(table.rows):
+        style = "red" if index in table.alarming else "bold" if index in table.emphasized else ""
+        result.add_row(*row, style=style)
+    return result
+
+
+@app.command()
+def train(
+    data: Annotated[str | None, typer.Option(help="Image folder or manifest.")] = None,
+    model: Annotated[str | None, typer.Option(help="Torchvision classifier, or package.module:factory.")] = None,
+    output: Annotated[str | None, typer.Option(help="File that receives the weights.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Weights to start from.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training images.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights, order and augmentation.")] = None,
+    channels: Channels = None,
+    resize: Resize = None,
+    crop: Crop = None,
+    mean: Mean = None,
+    std: Std = None,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: all cores.")] = 0,
+    store: Annotated[str, typer.Option(help="Store of artifacts.")] = "file://.ptq/store",
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
+    """Train or fine-tune an FP32 classifier on an image folder."""
+    options = {
+        "model": model, "output": output, "checkpoint": checkpoint, "epochs": epochs, "batch_size": batch_size,
+        "learning_rate": learning_rate, "seed": seed,
+        "data": {"path": data, "preprocessing": _preprocessing(channels, resize, crop, mean, std)},
+    }  # fmt: skip
+    settings = _validated(TrainingConfig, _merged(load_yaml(config) if config else {}, options), "The options given")
+    _train(settings, store=store, threads=threads, as_json=as_json)
+
+
+def _train(settings: TrainingConfig, *, store: str, threads: int, as_json: bool) -> None:
+    from flows.train_model import train_model
+
+    with Terminal(quiet=as_json) as terminal:
+        terminal.say(f"Training {settings.model} on {settings.data.path}")
+        result = _run_flow(train_model, config=settings, store=store, threads=threads)
+        terminal.say(f"  top-1 on {settings.data.selection_split}: {result.held_out_top1_percent} %")
+    if as_json:
+        _print_json({"checkpoint": settings.output, "held_out_top1_percent": result.held_out_top1_percent})
+
+
+@app.command()
+def demo(
+    directory: Annotated[Path, typer.Option(help="Folder for images, checkpoint, store and report.")] = Path("demo"),
+    trials: Annotated[int, typer.Option(help="Seeded draws of calibration images.")] = 5,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: all cores.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Run the whole job on 1,797 real handwritten digits: train, quantize, benchmark, gate, publish, report."""
+    from ptq.demo_data import DEMO, write_digits_folder
+
+    images, store = directory / "digits", f"file://{(directory / 'store').absolute()}"
+    write_digits_folder(images, image_size=DEMO.image_size, seed=0)
+    preprocessing = {"channels": 1, "resize": DEMO.image_size, "crop": DEMO.image_size, "mean": [0.5], "std": [0.5]}
+    data = _validated(DataConfig, {"path": str(images), "preprocessing": preprocessing}, "The demo's data")
+    checkpoint = str(directory / f"{DEMO.model}_digits.pth")
+    training = TrainingConfig(
+        model=DEMO.model, data=data, epochs=DEMO.epochs, batch_size=DEMO.batch_size,
+        learning_rate=DEMO.learning_rate, output=checkpoint,
+    )  # fmt: skip
+    _train(training, store=store, threads=threads, as_json=as_json)
+    content = {
+        "model": ModelConfig(name=DEMO.model, checkpoint=checkpoint, publish_as=f"{DEMO.model}-digits").model_dump(),
+        "data": data.model_dump(),
+        "calibration": {"trials": trials, "images": DEMO.calibration_images},
+        "engine": {"threads": threads},
+        "output": {"store": store, "directory": str(directory / "report")},
+    }
+    _quantize(_validated(PtqConfig, content, "The demo's config"), as_json)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A checkpoint or an ONNX file.")],
+    data: Annotated[str, typer.Option(help="Image folder or manifest.")],
+    split: Annotated[str, typer.Option(help="Split to evaluate.")] = "test",
+    name: Annotated[str, typer.Option("--model", help="Network of a checkpoint.")] = "resnet50",
+    engine: Annotated[str, typer.Option(help="auto, openvino, tensorrt or onnxruntime.")] = "auto",
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: all cores.")] = 0,
+    channels: Channels = None,
+    resize: Resize = None,
+    crop: Crop = None,
+    mean: Mean = None,
+    std: Std = None,
+    as_json: Json = False,
+) -> None:
+    """Evaluate a checkpoint or an ONNX file: loss, top-1, top-5, confusion matrix."""
+    from ptq.commands import evaluate_file
+    from ptq.terminal import tables_of_metrics
+
+    preprocessing = _preprocessing(channels, resize, crop, mean, std)
+    settings = _validated(DataConfig, _merged({}, {"path": data, "preprocessing": preprocessing}), "The options given")
+    _check_choice("engine", engine, ("auto", "openvino", "tensorrt", "onnxruntime"))
+    metrics, class_names = evaluate_file(model, name=name, data=settings, split=split, engine=engine, threads=threads)
+    if as_json:
+        from ptq.records import to_jsonable
+
+        _print_json(to_jsonable(metrics))
+        return
+    for table in tables_of_metrics(metrics, class_names=class_names):
+        Console(highlight=False).print(_rich_table(table))
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Option(help="File with the FP32 weights.")],
+    model: Annotated[str, typer.Option(help="Torchvision classifier, or package.module:factory.")] = "resnet50",
+    precision: Annotated[str, typer.Option(help="fp32 or fp16.")] = "fp32",
+    batch_size: Annotated[list[int] | None, typer.Option(help="Static batch size; repeat; none: dynamic.")] = None,
+    channels: Channels = None,
+    crop: Annotated[int, typer.Option(help="Side of the input, in pixels.")] = 224,
+    output: Annotated[Path, typer.Option(help="Folder for the ONNX files.")] = Path("."),
+    as_json: Json = False,
+) -> None:
+    """Export a checkpoint as FP32 or FP16 ONNX, one file per batch size."""
+    from ptq.commands import export_files
+
+    _check_choice("precision", precision, ("fp32", "fp16"))
+    shape = (channels or 3, crop, crop)
+    written = export_files(
+        checkpoint, name=model, precision=precision, batch_sizes=batch_size or [], input_shape=shape, directory=output
+    )
+    if as_json:
+        _print_json({"files": written})
+    else:
+        sys.stdout.write("".join(f"{path}\n" for path in written))
+
+
+def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UsageError(f"--{option} is {value!r}; expected one of {', '.join(choices)}.")
+
+
+@app.command()
+def validate(
+    model: Annotated[Path, typer.Argument(help="An ONNX file.")],
+    dialect: Annotated[str | None, typer.Option(help="cpu or tensorrt; left out: told from the zero points.")] = None,
+    float_layer: Annotated[list[str] | None, typer.Option(help="Layer that may stay in float; repeat.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check a Q/DQ graph; exit code 1 if there is any error."""
+    from ptq.commands import check_file
+    from ptq.records import to_jsonable
+    from ptq.terminal import table_of_checks
+
+    if dialect is not None:
+        _check_choice("dialect", dialect, ("cpu", "tensorrt"))
+    checks = check_file(model, dialect=dialect, float_layers=float_layer or ())
+    if as_json:
+        _print_json({**to_jsonable(checks), "errors": checks.errors, "warnings": checks.warnings})
+    else:
+        console = Console(highlight=False)
+        console.print(_rich_table(table_of_checks(checks)))
+        console.print(f"{len(checks.checks_run)} checks: {checks.errors} errors, {checks.warnings} warnings")
+    if checks.errors:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def benchmark(
+    models: Annotated[list[Path], typer.Argument(help="ONNX files, measured side by side.")],
+    batch_size: Annotated[list[int] | None, typer.Option(help="Batch size; repeat for several.")] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="Float precisions measured for float graphs.")] = None,
+    engine: Annotated[str, typer.Option(help="auto, openvino, tensorrt or onnxruntime.")] = "auto",
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: all cores.")] = 0,
+    duration: Annotated[float, typer.Option(help="Seconds measured per file, precision and batch size.")] = 3.0,
+    as_json: Json = False,
+) -> None:
+    """Measure latency and throughput of ONNX files side by side."""
+    from ptq.commands import benchmark_files
+    from ptq.records import to_jsonable
+    from ptq.terminal import table_of_benchmark
+
+    _check_choice("engine", engine, ("auto", "openvino", "tensorrt", "onnxruntime"))
+    results = benchmark_files(
+        models,
+        batch_sizes=batch_size or [1, 32],
+        precisions=precision or [],
+        engine=engine,
+        threads=threads,
+        duration_s=duration,
+    )
+    if as_json:
+        _print_json(to_jsonable(results))
+    else:
+        Console(highlight=False).print(_rich_table(table_of_benchmark(results)))
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Output folder of a run.")], as_json: Json = False) -> None:
+    """Print the verdict of a finished run."""
+    path = run / "verdict.json"
+    if not path.is_file():
+        raise UsageError(
+            f"{run} holds no verdict.json. Expected the output folder of a finished run of `ptq quantize`."
+        )
+    try:
+        verdict = Verdict.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise UsageError(
+            f"{path} is not a verdict of this version: {error.error_count()} fields do not fit."
+        ) from error
+    _show_verdict(verdict, run, as_json)
+
+
+@app.command()
+def view(
+    model: Annotated[Path, typer.Argument(help="An ONNX file.")],
+    port: Annotated[int, typer.Option(help="Port on this machine.")] = 8080,
+    browse: Annotated[bool, typer.Option(help="Open a browser.")] = True,
+) -> None:
+    """Show a graph in netron until interrupted."""
+    if not model.is_file():
+        raise UsageError(f"Model {model} does not exist. Give the path of an ONNX file.")
+    import netron
+
+    netron.start(str(model), address=("127.0.0.1", port), browse=browse)
+    netron.wait()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""An image folder in, an FP32 checkpoint out: what `ptq train` and the demo run before quantizing."""
+
+from pathlib import Path
+
+from prefect import flow, runtime
+
+from ptq.config import TrainingConfig
+from ptq.records import TrainingRecord
+from tasks.data import index_images, prepare_split
+from tasks.stage import RunContext
+from tasks.training import deliver_checkpoint, train_classifier
+
+
+@flow(name="train-model")
+def train_model(config: TrainingConfig, store: str, threads: int = 0) -> TrainingRecord:
+    """Train an FP32 classifier on the calibration split.
+
+    1. index and decode images   2. train   3. write the checkpoint
+    """
+    run = RunContext(store_uri=store, run_id=runtime.flow_run.name)
+    splits = config.data
+    data = index_images(
+        splits.path, calibration_split=splits.calibration_split, selection_split=splits.selection_split,
+        test_split=splits.test_split, run=run,
+    )  # fmt: skip
+    train = prepare_split(data, splits.calibration_split, splits.preprocessing, run=run)
+    has_held_out = any(split.split == splits.selection_split for split in data.splits)
+    held_out = prepare_split(data, splits.selection_split, splits.preprocessing, run=run) if has_held_out else None
+    trained = train_classifier(config, data, train, held_out, threads=threads, run=run)
+    deliver_checkpoint(trained, str(Path(config.output)), run=run)
+    return trained

@@ -1,0 +1,4 @@
+"""The core: how an INT8 model is computed, measured and judged. Nothing here knows about Prefect.
+
+Shape letters used throughout: `n` images, `c` channels, `h` height, `w` width, `k` classes.
+"""

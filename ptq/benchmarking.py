@@ -1,0 +1,169 @@
+"""How fast are the built engines on this machine?
+
+Loads engines, feeds them random images and measures them side by side. What a percentile is and how rounds are
+interleaved is decided in `latency`.
+"""
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import psutil
+
+from ptq.config import Precision
+from ptq.engines import int8_share, open_engine
+from ptq.engines.interface import Engine, Runner
+from ptq.latency import TimedCalls, interleave, latency_warnings, measure_interleaved, summarize
+from ptq.onnx_graph import summarize_onnx
+from ptq.records import BenchmarkRecord, EngineRecord, Int8Share, Measurement
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedEngine:
+    """A built engine and the file that holds it."""
+
+    record: EngineRecord
+    blob: Path
+
+
+def measure_engines(
+    engines: Sequence[LoadedEngine],
+    *,
+    threads: int,
+    float_remainder: Literal["fp32", "bf16"],
+    input_shape: tuple[int, int, int],
+    warmup_ms: float,
+    duration_s: float,
+    min_iterations: int,
+    rounds: int,
+) -> BenchmarkRecord:
+    """Returns latency and throughput of every engine; those of one batch size are interleaved over rounds.
+
+    Args:
+        engines: at least one, all of one engine.
+        threads: CPU threads; 0 for all cores.
+        float_remainder: precision of what stays in float in an INT8 graph.
+        input_shape: (c, h, w).
+        warmup_ms: time run before each round's measurement, in milliseconds.
+        duration_s: time measured per engine over all rounds, in seconds.
+        min_iterations: least number of inferences per engine.
+        rounds: rounds over which the engines are interleaved.
+
+    Raises:
+        EngineBuildError: an engine cannot be loaded.
+    """
+    identity = engines[0].record.engine
+    engine = open_engine(identity.name, threads=threads)
+    measurements: list[Measurement] = []
+    for batch_size in sorted({item.record.batch_size for item in engines}):
+        images = np.random.default_rng(0).standard_normal((batch_size, *input_shape)).astype(np.float32)
+        timed: dict[Precision, TimedCalls] = {}
+        runners: list[Runner] = []
+        for item in engines:
+            if item.record.batch_size != batch_size:
+                continue
+            runner = engine.load(
+                item.blob.read_bytes(),
+                precision=item.record.precision,
+                batch_size=batch_size,
+                float_remainder=float_remainder,
+            )
+            runners.append(runner)
+            timed[item.record.precision] = _timed(runner, images)
+        try:
+            measurements += measure_interleaved(
+                timed, batch_size=batch_size, rounds=rounds, warmup_ms=warmup_ms, duration_s=duration_s,
+                min_iterations=min_iterations,
+            )  # fmt: skip
+        finally:
+            for runner in runners:
+                runner.close()
+    return BenchmarkRecord(
+        engine=identity,
+        machine=machine_description(),
+        clock_mhz=_clock_mhz(),
+        measurements=tuple(measurements),
+        warnings=tuple(latency_warnings(measurements)),
+    )
+
+
+def _timed(runner: Runner, images: np.ndarray) -> TimedCalls:
+    return lambda warmup_ms, duration_s, min_iterations: runner.timed_calls(
+        images, warmup_ms=warmup_ms, duration_s=duration_s, min_iterations=min_iterations
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class FileMeasurement:
+    """One ONNX file measured in one precision, and what ran in INT8."""
+
+    file: str
+    measurement: Measurement
+    int8: Int8Share
+
+
+def measure_files(
+    plan: Sequence[tuple[Path, Precision, int]],
+    *,
+    engine: Engine,
+    duration_s: float,
+    rounds: int = 3,
+    warmup_ms: float = 200.0,
+    min_iterations: int = 10,
+) -> list[FileMeasurement]:
+    """Returns latency and throughput of ONNX files; those of one batch size are interleaved over rounds.
+
+    Args:
+        plan: file, precision and batch size of everything measured.
+        engine: what runs them.
+        duration_s: time measured per entry over all rounds, in seconds.
+        rounds: rounds over which the entries are interleaved.
+        warmup_ms: time run before each round's measurement, in milliseconds.
+        min_iterations: least number of inferences per entry.
+
+    Raises:
+        EngineBuildError: the engine refuses a file.
+    """
+    results = []
+    for batch_size in dict.fromkeys(size for _, _, size in plan):
+        entries = [entry for entry in plan if entry[2] == batch_size]
+        shares, timed = {}, {}
+        for entry in entries:
+            path, precision, _ = entry
+            built = engine.build(path, precision=precision, batch_size=batch_size, float_remainder="fp32")
+            runner = engine.load(built.blob, precision=precision, batch_size=batch_size, float_remainder="fp32")
+            shape = (batch_size, *(size or 224 for size in summarize_onnx(path).input_shape[1:]))
+            images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+            timed[entry] = _timed(runner, images)
+            shares[entry] = int8_share(built.layers)
+        taken = interleave(
+            timed, rounds=rounds, warmup_ms=warmup_ms, duration_s=duration_s, min_iterations=min_iterations
+        )
+        for entry, (samples, elapsed_s) in taken.items():
+            measurement = summarize(entry[1], batch_size, samples, elapsed_s=elapsed_s)
+            results.append(FileMeasurement(entry[0].name, measurement, shares[entry]))
+    return results
+
+
+def machine_description() -> str:
+    """Returns processor, cores and system of this machine in one line."""
+    return f"{processor_name()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}"
+
+
+def processor_name() -> str:
+    """Returns the processor's own name where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _clock_mhz() -> float | None:
+    frequency = psutil.cpu_freq()
+    return round(frequency.current, 1) if frequency else None

@@ -1,0 +1,177 @@
+"""How do the methods and the precisions compare, as pictures?
+
+Numbers in, PNG bytes out; the same numbers give the same bytes. Only this file imports matplotlib. It draws on the
+Agg canvas without pyplot, so that no display is needed and no global state is touched. Nothing is computed here
+beyond positions on the paper.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ptq.records import BenchmarkRecord, Measurement
+
+DPI = 110
+WIDTH_INCHES = 6.0
+BOX_PLOT_HEIGHT_INCHES = 3.5
+
+_INK = "#1f2933"
+_MUTED = "#7b8794"
+_GRID = "#e4e7eb"
+_BLUE = "#2563a8"
+_FLOAT = "#9fb3c8"
+_RED = "#b42318"
+_SMALL = 8
+_PRECISION_ORDER = ("fp32", "fp16", "bf16", "int8")
+
+
+def box_plot_png(top1_by_method: Mapping[str, Sequence[float]], *, fp32_top1_percent: float, title: str) -> bytes:
+    """Returns a PNG with one box per method over the trials, every trial as a dot, and FP32 as a line.
+
+    Args:
+        top1_by_method: top-1 of each trial in percent, by method, in the order to draw; at least one value each.
+        fp32_top1_percent: top-1 of the baseline, in percent.
+        title: one line above the picture, drawn as it is.
+
+    Returns:
+        660 by 385 pixels. Dots of one method stand in the order of the trials from left to right.
+
+    Raises:
+        ValueError: no method is given, or one has no trial.
+    """
+    empty = [method for method, values in top1_by_method.items() if not values]
+    if empty or not top1_by_method:
+        raise ValueError(
+            f"The box plot got {len(top1_by_method)} methods, of which {empty} have no trial. "
+            f"Expected at least one method and one top-1 per trial."
+        )
+    figure = Figure(figsize=(WIDTH_INCHES, BOX_PLOT_HEIGHT_INCHES), dpi=DPI, facecolor="white")
+    axes = figure.add_axes((0.105, 0.17, 0.775, 0.70))
+    for position, values in enumerate(top1_by_method.values()):
+        _draw_method(axes, position, list(values))
+    axes.axhline(fp32_top1_percent, color=_RED, linewidth=1.2, linestyle=(0, (5, 3)), zorder=1)
+    axes.annotate(
+        f"FP32\n{fp32_top1_percent:.2f} %",
+        xy=(1, fp32_top1_percent),
+        xycoords=axes.get_yaxis_transform(),
+        xytext=(5, 0),
+        textcoords="offset points",
+        color=_RED,
+        fontsize=_SMALL + 0.5,
+        va="center",
+    )
+    every = [value for values in top1_by_method.values() for value in values] + [fp32_top1_percent]
+    # A spread of a few hundredths must not be blown up to the height of the picture.
+    middle, half = (max(every) + min(every)) / 2, max((max(every) - min(every)) * 0.58, 0.5)
+    axes.set_ylim(middle - half, middle + half)
+    axes.set_xlim(-0.6, len(top1_by_method) - 0.4)
+    labels = [f"{method}\n{_mean_label(values)}" for method, values in top1_by_method.items()]
+    axes.set_xticks(range(len(labels)), labels, fontsize=_SMALL + 1, color=_INK)
+    axes.set_ylabel("top-1, %", fontsize=_SMALL + 1, color=_INK)
+    axes.ticklabel_format(axis="y", useOffset=False, style="plain")
+    axes.grid(axis="y", color=_GRID, linewidth=0.8)
+    _strip(axes)
+    figure.text(0.02, 0.95, title, fontsize=_SMALL + 2, color=_INK, va="center", weight="bold", parse_math=False)
+    return _png(figure)
+
+
+def latency_bars_png(record: BenchmarkRecord) -> bytes:
+    """Returns a PNG with one panel per batch size: a bar to the median latency of each precision, a line to its p99.
+
+    Raises:
+        ValueError: the record holds no measurement.
+    """
+    if not record.measurements:
+        raise ValueError(
+            "The benchmark holds no measurements, so no latency can be drawn. "
+            "Expected at least one precision and batch size."
+        )
+    batch_sizes = sorted({measurement.batch_size for measurement in record.measurements})
+    precisions = {measurement.precision for measurement in record.measurements}
+    columns = min(2, len(batch_sizes))
+    rows = -(-len(batch_sizes) // columns)
+    height = rows * (0.95 + 0.34 * len(precisions))
+    figure = Figure(figsize=(WIDTH_INCHES, height), dpi=DPI, facecolor="white", layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for index, batch_size in enumerate(batch_sizes):
+        measured = [found for name in _PRECISION_ORDER if (found := record.of(name, batch_size)) is not None]
+        _draw_batch(grid[index // columns][index % columns], measured)
+    for index in range(len(batch_sizes), rows * columns):
+        grid[index // columns][index % columns].set_axis_off()
+    return _png(figure)
+
+
+def _mean_label(values: Sequence[float]) -> str:
+    """What stands below a method's name."""
+    mean = sum(values) / len(values)
+    return f"mean {mean:.2f} %" if len(values) > 1 else f"{mean:.2f} %"
+
+
+def _draw_method(axes: Axes, position: int, values: list[float]) -> None:
+    """Draws one box with its trials; a single trial is only its dot."""
+    if len(values) > 1:
+        line = {"color": _BLUE, "linewidth": 1.0}
+        axes.boxplot(
+            [values],
+            positions=[position],
+            widths=0.5,
+            showfliers=False,
+            patch_artist=True,
+            manage_ticks=False,
+            boxprops={"facecolor": "#dce8f5", "edgecolor": _BLUE, "linewidth": 1.0},
+            medianprops={"color": _BLUE, "linewidth": 2.0},
+            whiskerprops=line,
+            capprops=line,
+        )
+    width = 0.32 if len(values) > 1 else 0.0
+    steps = max(len(values) - 1, 1)
+    offsets = [position + width * (index / steps - 0.5) for index in range(len(values))]
+    size = 26 if len(values) <= 20 else 10
+    axes.scatter(offsets, values, s=size, color=_INK, edgecolors="white", linewidths=0.6, zorder=3)
+
+
+def _draw_batch(axes: Axes, measured: list[Measurement]) -> None:
+    """Draws the precisions at one batch size, the first on top."""
+    rows = range(len(measured))
+    colours = [_BLUE if item.precision == "int8" else _FLOAT for item in measured]
+    axes.barh(rows, [item.median_ms for item in measured], height=0.62, color=colours, zorder=2)
+    axes.hlines(rows, [item.median_ms for item in measured], [item.p99_ms for item in measured], color=_INK, lw=1.0)
+    shortest = min(item.median_ms for item in measured)
+    digits = 2 if shortest < 10 else 1 if shortest < 100 else 0
+    for row, item in zip(rows, measured, strict=True):
+        axes.annotate(
+            f"{item.median_ms:.{digits}f} ms",
+            xy=(max(item.p99_ms, item.median_ms), row),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=_SMALL,
+            color=_INK,
+        )
+    longest = max(max(item.p99_ms, item.median_ms) for item in measured)
+    axes.set_xlim(0, longest * 1.28)
+    axes.set_ylim(len(measured) - 0.4, -0.6)
+    axes.set_yticks(rows, [item.precision.upper() for item in measured], fontsize=_SMALL + 0.5, color=_INK)
+    axes.set_title(f"batch {measured[0].batch_size}", fontsize=_SMALL + 1, color=_INK, loc="left", weight="bold")
+    axes.set_xlabel("ms per batch, lower is better", fontsize=_SMALL, color=_MUTED)
+    axes.grid(axis="x", color=_GRID, linewidth=0.8, zorder=0)
+    _strip(axes)
+
+
+def _strip(axes: Axes) -> None:
+    """Removes what carries no information."""
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(_GRID)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, labelsize=_SMALL + 0.5, labelcolor=_INK)
+
+
+def _png(figure: Figure) -> bytes:
+    """The picture's bytes, without the library's version in them."""
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+    return buffer.getvalue()

@@ -1,0 +1,144 @@
+"""What do `ptq evaluate`, `export`, `validate` and `benchmark` do?
+
+Single core calls on files, without a store and without a flow.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+
+from ptq import datasets
+from ptq.benchmarking import FileMeasurement, measure_files
+from ptq.config import DataConfig, Dialect, Precision
+from ptq.delivery import check_output_directory
+from ptq.engines import open_engine
+from ptq.errors import ManifestError, UsageError
+from ptq.evaluation import SplitImages, evaluate_graph
+from ptq.graph_checks import check_graph
+from ptq.onnx_graph import summarize_onnx
+from ptq.preparation import write_float_model
+from ptq.records import GraphChecks, SplitMetrics
+
+
+def evaluate_file(
+    model: Path, *, name: str, data: DataConfig, split: str, engine: str, threads: int
+) -> tuple[SplitMetrics, tuple[str, ...]]:
+    """Returns the metrics of a checkpoint or an ONNX file on one split, and the names of the classes.
+
+    Args:
+        model: an ONNX file (`.onnx`), else a checkpoint.
+        name: the network of a checkpoint.
+        data: the images and how they are read.
+        split: the split to evaluate.
+        engine: name of an engine, or auto.
+        threads: CPU threads; 0 for all cores.
+
+    Raises:
+        PtqError: model or data cannot be used.
+    """
+    preprocessing = data.preprocessing
+    opened = open_engine(engine, threads=threads)
+    index = datasets.index_images(data.path, calibration_split=split, selection_split=split, test_split=split)
+    with tempfile.TemporaryDirectory() as directory:
+        graph = model
+        if model.suffix != ".onnx":
+            graph = Path(directory) / "model.onnx"
+            shape = (preprocessing.channels, preprocessing.crop, preprocessing.crop)
+            write_float_model(graph, name=name, checkpoint=model, precision="fp32", input_shape=shape, batch_size=None)
+        summary = summarize_onnx(graph)
+        expected = (preprocessing.channels, preprocessing.crop, preprocessing.crop)
+        if any(found not in (None, wanted) for found, wanted in zip(summary.input_shape[1:], expected, strict=True)):
+            raise UsageError(
+                f"{model} reads images of shape {summary.input_shape[1:]}, and the preprocessing gives {expected}. "
+                "Set --channels, --resize and --crop to match."
+            )
+        rows = datasets.rows_of_split_table(index.table, split)
+        pixels = datasets.decode_rows(rows, root=str(index.root), preprocessing=preprocessing)
+        images = SplitImages(
+            split=split,
+            pixels=pixels,
+            labels=np.array([row.label for row in rows], dtype=np.int64),
+            files=[(row.path, row.sha256) for row in rows],
+        )
+        found = evaluate_graph(
+            graph, engine=opened, precision="int8" if summary.quantize_nodes else "fp32",
+            batch_size=summary.input_shape[0] or 32, float_remainder="fp32", splits=[images],
+            mean=preprocessing.mean, std=preprocessing.std, reference_logits=None,
+        )  # fmt: skip
+    metrics = found.splits[0]
+    if len(metrics.confusion) < len(index.class_names):
+        raise ManifestError(
+            f"{model} has {len(metrics.confusion)} outputs, the data has {len(index.class_names)} classes. "
+            "Give the data it was trained on."
+        )
+    return metrics, index.class_names
+
+
+def benchmark_files(
+    models: Sequence[Path],
+    *,
+    batch_sizes: Sequence[int],
+    precisions: Sequence[str],
+    engine: str,
+    threads: int,
+    duration_s: float,
+) -> list[FileMeasurement]:
+    """Returns latency and throughput of ONNX files, measured interleaved.
+
+    A Q/DQ graph runs as INT8; a float graph runs in every asked float precision the engine has, FP32 if none is
+    asked. A graph with a static batch is measured at that batch size alone.
+
+    Raises:
+        UsageError: a precision is asked for that the engine does not have.
+        ExportError: a file is not an ONNX model.
+    """
+    opened = open_engine(engine, threads=threads)
+    known = [precision for precision in opened.precisions() if precision != "int8"]
+    unknown = [precision for precision in precisions if precision not in known]
+    if unknown:
+        identity = opened.identity()
+        raise UsageError(f"--precision is {unknown[0]!r}; {identity.name} on {identity.device} has {', '.join(known)}.")
+    plan: list[tuple[Path, Precision, int]] = []
+    for path in models:
+        summary = summarize_onnx(path)
+        wanted: Sequence[str] = ["int8"] if summary.quantize_nodes else list(precisions) or ["fp32"]
+        sizes = [summary.input_shape[0]] if summary.input_shape[0] else list(batch_sizes)
+        plan += [(path, cast(Precision, precision), size) for size in sizes for precision in wanted]
+    return measure_files(plan, engine=opened, duration_s=duration_s)
+
+
+def export_files(
+    checkpoint: Path,
+    *,
+    name: str,
+    precision: str,
+    batch_sizes: Sequence[int],
+    input_shape: tuple[int, int, int],
+    directory: Path,
+) -> list[str]:
+    """Writes a checkpoint as ONNX, one file per batch size, one with a dynamic batch if none is given.
+
+    Returns:
+        The paths of the files.
+
+    Raises:
+        PtqError: the checkpoint cannot be used or the folder cannot be written.
+    """
+    check_output_directory(directory)
+    written = []
+    sizes: Sequence[int | None] = batch_sizes or [None]
+    for size in sizes:
+        path = directory / f"{name.replace(':', '.')}_{precision}_{'dynamic' if size is None else f'batch{size}'}.onnx"
+        write_float_model(
+            path, name=name, checkpoint=checkpoint, precision=precision, input_shape=input_shape, batch_size=size
+        )
+        written.append(str(path))
+    return written
+
+
+def check_file(model: Path, *, dialect: str | None, float_layers: Sequence[str]) -> GraphChecks:
+    """Returns the findings of the graph checks in one ONNX file; ExportError if it is none."""
+    return check_graph(model, dialect=cast(Dialect | None, dialect), allowed_float_layers=float_layers)

@@ -1,0 +1,244 @@
+"""What may a person set?
+
+Every option of the pipeline, one frozen pydantic class per stage, composed in `PtqConfig`. The one-sentence
+descriptions are the form that the Prefect UI shows. Nothing is computed here.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ptq.errors import UsageError
+
+Method = Literal["max", "percentile", "mse", "entropy"]
+Dialect = Literal["cpu", "tensorrt"]
+EngineName = Literal["auto", "openvino", "tensorrt", "onnxruntime"]
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+
+METHODS: tuple[Method, ...] = ("max", "percentile", "mse", "entropy")
+DIALECTS: tuple[Dialect, ...] = ("cpu", "tensorrt")
+
+
+class _Section(BaseModel):
+    """Settings shared by all sections: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PreprocessingConfig(_Section):
+    """How a file becomes the network's input. The defaults are those of torchvision's ImageNet weights."""
+
+    channels: Literal[1, 3] = Field(3, description="Channels of the network's input: 3 for RGB, 1 for grey.")
+    resize: int = Field(256, ge=4, le=4096, description="Length of the shorter side after resizing, in pixels.")
+    crop: int = Field(224, ge=4, le=4096, description="Side of the centred square that is kept, in pixels.")
+    interpolation: Literal["nearest", "bilinear", "bicubic"] = Field(
+        "bilinear", description="Filter used when an image is resized."
+    )
+    mean: tuple[float, ...] = Field(
+        (0.485, 0.456, 0.406), description="Mean subtracted per channel, after scaling pixels to [0, 1]."
+    )
+    std: tuple[float, ...] = Field(
+        (0.229, 0.224, 0.225), description="Standard deviation divided by, per channel, in units of [0, 1]."
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> "PreprocessingConfig":
+        if self.crop > self.resize:
+            raise ValueError(f"crop is {self.crop} and resize {self.resize}: crop must be at most resize")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != self.channels:
+                raise ValueError(
+                    f"{name} has {len(values)} values and channels is {self.channels}: give one value per channel, "
+                    f"for grey images for example mean [0.5] and std [0.5]"
+                )
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be positive, got {list(self.std)}")
+        return self
+
+
+class DataConfig(_Section):
+    """Which images are used, and for what."""
+
+    path: str = Field(
+        description="An image folder with one folder per split and in it one per class, or a manifest (.csv, .parquet)."
+    )
+    calibration_split: str = Field("train", description="Split from which calibration images are drawn.")
+    selection_split: str = Field("val", description="Split on which the best candidate is chosen.")
+    test_split: str = Field("test", description="Split on which the verdict is reported.")
+    preprocessing: PreprocessingConfig = Field(
+        default_factory=PreprocessingConfig, description="How a file becomes the network's input."
+    )
+
+
+class ModelConfig(_Section):
+    """Which network is quantized."""
+
+    name: str = Field(description="A torchvision classifier such as resnet50, or package.module:factory.")
+    checkpoint: str = Field(description="File with the FP32 weights: .pth, .pt or .safetensors.")
+    publish_as: str = Field(
+        "",
+        pattern=r"^[A-Za-z0-9._-]*$",
+        description="Name under which the model is published; empty: the model's name.",
+    )
+
+    @property
+    def published_name(self) -> str:
+        """The name under `models/` in the store."""
+        return self.publish_as or self.name.replace(":", ".")
+
+
+class QuantizationConfig(_Section):
+    """Where quantizers are placed and how weights are scaled."""
+
+    residuals: bool = Field(True, description="Quantize the identity branch of every residual add.")
+    pools: bool = Field(True, description="Quantize the inputs of average pools.")
+    commuting_pools: bool = Field(True, description="Place quantizers before max pools, so that they run in INT8.")
+    first_layer: bool = Field(True, description="Quantize the first convolution.")
+    last_layer: bool = Field(True, description="Quantize the last linear layer.")
+    skip_layers: tuple[str, ...] = Field((), description="Layers left in float, by module name.")
+    dialects: tuple[Dialect, ...] = Field(
+        (), description="Dialects of the Q/DQ graph to write; empty: the one of the engine."
+    )
+
+    def dialects_for(self, engine: str) -> tuple[Dialect, ...]:
+        """Returns the dialects to write, the evaluated one first: the engine's own where it is asked for."""
+        own: Dialect = "tensorrt" if engine == "tensorrt" else "cpu"
+        asked = tuple(dict.fromkeys(self.dialects)) or (own,)
+        return tuple(sorted(asked, key=lambda dialect: dialect != own))
+
+
+class CalibrationConfig(_Section):
+    """How activation ranges are chosen."""
+
+    methods: tuple[Method, ...] = Field(METHODS, min_length=1, description="Methods that choose amax, all compared.")
+    trials: int = Field(5, ge=1, le=100, description="Number of seeded draws of calibration images.")
+    images: int = Field(512, ge=1, le=1_000_000, description="Calibration images in each draw.")
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of the first draw; draw i uses seed + i.")
+    percentile: float = Field(
+        99.99, gt=0, le=100, description="Share of values the percentile method keeps, in percent."
+    )
+    bins: Literal[1024, 2048, 4096, 8192] = Field(4096, description="Bins of each activation histogram.")
+
+    @model_validator(mode="after")
+    def _unique(self) -> "CalibrationConfig":
+        if len(set(self.methods)) != len(self.methods):
+            raise ValueError(f"methods names one method twice: {list(self.methods)}")
+        return self
+
+
+class EngineConfig(_Section):
+    """What runs the model."""
+
+    name: EngineName = Field(
+        "auto", description="Inference engine; auto takes TensorRT where it is usable, else OpenVINO."
+    )
+    threads: int = Field(0, ge=0, le=1024, description="CPU threads of the engine; 0: all cores.")
+    float_remainder: Literal["fp32", "bf16"] = Field(
+        "fp32", description="Precision of what stays in float in an INT8 graph on a CPU."
+    )
+    evaluation_batch_size: int = Field(32, ge=1, le=1024, description="Images per inference during evaluation.")
+
+
+class BenchmarkConfig(_Section):
+    """How latency and throughput are measured."""
+
+    batch_sizes: tuple[int, ...] = Field((1, 32), min_length=1, description="Batch sizes measured, in images.")
+    warmup_ms: float = Field(200.0, ge=0, le=60_000, description="Time run before measuring, in milliseconds.")
+    duration_s: float = Field(3.0, gt=0, le=600, description="Time measured per precision and batch size, in seconds.")
+    min_iterations: int = Field(10, ge=1, le=100_000, description="Least number of measured inferences.")
+    rounds: int = Field(3, ge=1, le=100, description="Rounds over which the precisions are interleaved.")
+
+
+class GateConfig(_Section):
+    """When a model is accepted."""
+
+    max_drop_pp: float = Field(
+        1.0, ge=-100, le=100, description="Largest accuracy drop accepted, in percentage points."
+    )
+    min_speedup_fp32: float = Field(
+        1.0,
+        ge=0,
+        le=1000,
+        description="Least speed-up over FP32 accepted, as a ratio of median latencies, at any batch size.",
+    )
+    min_speedup_fp16: float = Field(
+        0.0,
+        ge=0,
+        le=1000,
+        description="Least speed-up over FP16 or BF16 accepted, as a ratio of median latencies; 0: not asked.",
+    )
+
+
+class OutputConfig(_Section):
+    """Where results go."""
+
+    store: str = Field("file://.ptq/store", description="URI of the artifact store, file:// or s3://bucket/prefix.")
+    directory: str = Field("ptq-output", description="Folder that receives the report, the graphs and the tables.")
+
+
+class PtqConfig(_Section):
+    """Everything a run of `quantize_model` needs."""
+
+    model: ModelConfig
+    data: DataConfig
+    quantization: QuantizationConfig = Field(default_factory=QuantizationConfig)
+    calibration: CalibrationConfig = Field(default_factory=CalibrationConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    benchmark: BenchmarkConfig = Field(default_factory=BenchmarkConfig)
+    gate: GateConfig = Field(default_factory=GateConfig)
+    output: OutputConfig = Field(default_factory=OutputConfig)
+
+
+class TrainingConfig(_Section):
+    """How `ptq train` trains an FP32 classifier."""
+
+    model: str = Field("resnet50", description="A torchvision classifier, or package.module:factory.")
+    data: DataConfig
+    epochs: int = Field(10, ge=1, le=1000, description="Passes over the training images.")
+    batch_size: int = Field(64, ge=2, le=4096, description="Images per step.")
+    learning_rate: float = Field(0.05, gt=0, le=10, description="Peak learning rate of the one-cycle schedule.")
+    weight_decay: float = Field(5e-4, ge=0, le=1, description="Weight decay of SGD.")
+    augment: bool = Field(True, description="Shift training images by up to an eighth of their side.")
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of weights, order and augmentation.")
+    checkpoint: str = Field("", description="Weights to start from; empty: random.")
+    output: str = Field("checkpoint.pth", description="File that receives the weights.")
+
+
+def describe_validation_error(error: ValidationError, *, source: str) -> str:
+    """Returns one sentence per wrong field of a pydantic error: where, what was found, what is allowed."""
+    parts = []
+    for item in error.errors()[:3]:
+        field = ".".join(str(step) for step in item["loc"]) or "config"
+        if item["type"] == "extra_forbidden":
+            parts.append(f"{field} is not a known key")
+        elif item["type"] == "missing":
+            parts.append(f"{field} is missing")
+        else:
+            parts.append(f"{field} is {item['input']!r}: {item['msg']}".replace("Value error, ", ""))
+    more = len(error.errors()) - len(parts)
+    tail = f" ({more} more)" if more > 0 else ""
+    return (
+        f"{source} cannot be used: {'; '.join(parts)}{tail}. `ptq quantize --help` lists every option with its bounds."
+    )
+
+
+def load_yaml(path: Path) -> dict:
+    """Returns the mapping in a YAML file.
+
+    Raises:
+        UsageError: the file is absent, is not YAML, or holds something else than a mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UsageError(f"Config file {path} cannot be read: {error.strerror}. Give an existing YAML file.") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"Config file {path} is not valid YAML: {error}.") from error
+    if not isinstance(content, dict):
+        raise UsageError(
+            f"Config file {path} holds a {type(content).__name__}; expected a mapping with the sections "
+            "model, data, ..."
+        )
+    return content

@@ -1,0 +1,262 @@
+"""What does a run leave behind for people and programs?
+
+Composes the verdict and the report from a run's findings and writes the output folder, every file complete or
+absent. What the documents look like is `report`'s business.
+"""
+
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ptq.benchmarking import machine_description
+from ptq.config import PtqConfig
+from ptq.errors import ArtifactError, UsageError
+from ptq.metrics import combined_predictions
+from ptq.preparation import plan_from_file
+from ptq.records import ArtifactRef, EvaluationRecord, RunFindings, digest, to_jsonable
+from ptq.report import (
+    ReportInputs,
+    benchmark_table,
+    boxplot_png,
+    html_report,
+    markdown_report,
+    page_markdown,
+    parquet_from_frame,
+    results_table,
+    verdict_sentence,
+)
+from ptq.store import Store, library_versions
+from ptq.verdict import (
+    Verdict,
+    VerdictBaseline,
+    VerdictBest,
+    VerdictCandidate,
+    VerdictEngine,
+    VerdictFile,
+    VerdictGate,
+    VerdictGraphChecks,
+    VerdictInt8,
+    VerdictLatency,
+    VerdictMeasurement,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RunReport:
+    """The composed documents: file contents by name, and what the run's page shows."""
+
+    sentence: str
+    contents: Mapping[str, bytes]
+    verdict: Verdict
+    page_markdown: str
+    result_rows: list[dict[str, Any]]
+    check_rows: list[dict[str, Any]]
+
+
+def check_output_directory(directory: Path) -> None:
+    """Creates the output folder.
+
+    Raises:
+        UsageError: it cannot be created or written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"output.directory is {directory}, which cannot be written: {error.strerror}. Expected a folder, "
+            "existing or new, with write permission; set --output."
+        ) from error
+
+
+def compose_verdict(
+    store: Store, config: PtqConfig, findings: RunFindings, *, run_id: str, files: Mapping[str, ArtifactRef]
+) -> Verdict:
+    """Returns the verdict of a run; `files` are those of the run that are stored already."""
+    test = findings.selection.test_split
+    baseline = findings.baseline.on(test)
+    comparison = findings.selection.comparison
+    chosen = _evaluation_of(findings, findings.selection.candidate).on(test)
+    int8 = next(engine.int8 for engine in findings.engines if engine.precision == "int8")
+    identity = findings.benchmark.engine
+    return Verdict(
+        schema_version=1,
+        run_id=run_id,
+        model=config.model.name,
+        checkpoint_sha256=findings.model.checkpoint_sha256,
+        config_sha256=digest(config),
+        engine=VerdictEngine(name=identity.name, version=identity.version, device=identity.device),
+        fp32=VerdictBaseline(top1_percent=baseline.top1_percent, n_images=baseline.images, loss=baseline.loss),
+        candidates=_verdict_candidates(findings),
+        best=VerdictBest(
+            id=findings.selection.candidate,
+            method=findings.selection.method,
+            trial=findings.selection.trial,
+            top1_percent=chosen.top1_percent,
+            drop_pp=comparison.drop_pp,
+            drop_interval_pp=comparison.drop_interval_pp,
+            mcnemar_p=comparison.mcnemar_p,
+            flipped_images=comparison.flipped,
+        ),
+        benchmark=tuple(
+            VerdictMeasurement(
+                precision=measured.precision,
+                batch_size=measured.batch_size,
+                latency_ms=VerdictLatency(median=measured.median_ms, p90=measured.p90_ms, p99=measured.p99_ms),
+                images_per_s=measured.throughput_images_per_s,
+            )
+            for measured in findings.benchmark.measurements
+        ),
+        int8=VerdictInt8(
+            conv_int8_input_percent=int8.int8_input_percent,
+            conv_int8_output_percent=int8.int8_output_percent,
+            reformats=int8.reformats,
+        ),
+        graph_checks=VerdictGraphChecks(
+            errors=sum(check.errors for check in findings.checks),
+            warnings=sum(check.warnings for check in findings.checks),
+        ),
+        gate=VerdictGate(accepted=findings.decision.accepted, reasons=findings.decision.reasons),
+        files={
+            name: VerdictFile(uri=store.object_uri(ref), sha256=ref.sha256, size_bytes=ref.size_bytes)
+            for name, ref in sorted(files.items())
+        },
+        versions={"python": platform.python_version(), **library_versions()},
+        stage_seconds=_stage_seconds(store, run_id),
+    )
+
+
+def _stage_seconds(store: Store, run_id: str) -> dict[str, float]:
+    seconds: dict[str, float] = {}
+    for note in store.run_stages(run_id):
+        seconds[note["stage"]] = round(seconds.get(note["stage"], 0.0) + note["seconds"], 3)
+    return seconds
+
+
+def _evaluation_of(findings: RunFindings, candidate: str) -> EvaluationRecord:
+    return next(evaluation for evaluation in findings.candidates if evaluation.candidate == candidate)
+
+
+def _verdict_candidates(findings: RunFindings) -> tuple[VerdictCandidate, ...]:
+    """One row per trial and method; equal amax tables share one evaluation."""
+    test = findings.selection.test_split
+    fp32 = findings.baseline.on(test).top1_percent
+    evaluated = {evaluation.candidate: evaluation for evaluation in findings.candidates}
+    owner = {
+        record.table.sha256: f"{record.method}-{record.trial}"
+        for record in findings.tables
+        if f"{record.method}-{record.trial}" in evaluated
+    }
+    rows = []
+    for record in findings.tables:
+        name = f"{record.method}-{record.trial}"
+        source = owner[record.table.sha256]
+        metrics = evaluated[source].on(test)
+        rows.append(
+            VerdictCandidate(
+                id=name,
+                trial=record.trial,
+                method=record.method,
+                top1_percent=metrics.top1_percent,
+                drop_pp=fp32 - metrics.top1_percent,
+                loss=metrics.loss,
+                same_as="" if source == name else source,
+            )
+        )
+    return tuple(rows)
+
+
+def build_report(store: Store, config: PtqConfig, findings: RunFindings, *, run_id: str) -> RunReport:
+    """Returns every document of a run, composed but not written."""
+    graphs = {graph_file_name(findings, index): graph.onnx for index, graph in enumerate(findings.graphs)}
+    stored = {"model_fp32.onnx": findings.model.fp32_onnx, **graphs}
+    stored |= {record.blob.name: record.blob for record in findings.engines}
+    evaluations = (findings.baseline, *findings.candidates)
+    predictions = combined_predictions({e.candidate: store.get_path(e.predictions) for e in evaluations})
+    checks = json.dumps(to_jsonable(findings.checks), indent=1).encode()
+    contents = {"predictions.parquet": predictions, "graph_checks.json": checks}
+    verdict = compose_verdict(store, config, findings, run_id=run_id, files=stored)
+    inputs = report_inputs(store, config, findings, verdict)
+    contents |= {
+        "results.parquet": parquet_from_frame(results_table(inputs)),
+        "benchmark.parquet": parquet_from_frame(benchmark_table(findings.benchmark)),
+        "boxplot.png": boxplot_png(inputs),
+        "report.html": html_report(inputs).encode(),
+        "report.md": markdown_report(inputs).encode(),
+    }
+    stored |= {name: store.put_bytes(data, name) for name, data in contents.items()}
+    verdict = compose_verdict(store, config, findings, run_id=run_id, files=stored)
+    return RunReport(
+        sentence=verdict_sentence(inputs),
+        contents=contents,
+        verdict=verdict,
+        page_markdown=page_markdown(inputs),
+        result_rows=json.loads(results_table(inputs).write_json()),
+        check_rows=[to_jsonable(finding) for check in findings.checks for finding in check.findings],
+    )
+
+
+def graph_file_name(findings: RunFindings, index: int) -> str:
+    """Returns the file name of a run's graph: the evaluated one is `model_int8.onnx`."""
+    return "model_int8.onnx" if index == 0 else f"model_int8_{findings.graphs[index].dialect}.onnx"
+
+
+def report_inputs(store: Store, config: PtqConfig, findings: RunFindings, verdict: Verdict) -> ReportInputs:
+    """Returns what the report is rendered from."""
+    return ReportInputs(
+        verdict=verdict,
+        baseline=findings.baseline,
+        candidates=findings.candidates,
+        selection=findings.selection,
+        benchmark=findings.benchmark,
+        checks=findings.checks,
+        engines=findings.engines,
+        plan=plan_from_file(store.get_path(findings.model.plan)),
+        model=findings.model,
+        data=findings.data,
+        draws=findings.draws,
+        config_yaml=yaml.safe_dump(to_jsonable(config), sort_keys=False),
+        machine={"machine": machine_description(), "system": platform.platform(), "python": platform.python_version()},
+        warnings=(*findings.model.warnings, *findings.draws.warnings, *findings.benchmark.warnings),
+    )
+
+
+def deliver(store: Store, config: PtqConfig, findings: RunFindings, report: RunReport) -> ArtifactRef:
+    """Writes the output folder and returns the stored verdict.
+
+    Every file is written under a temporary name first and all are renamed at the end, `verdict.json` last: a
+    folder with a verdict of this run is complete.
+
+    Raises:
+        ArtifactError: the folder cannot be written; files of an earlier run are untouched.
+    """
+    directory = Path(config.output.directory)
+    verdict = report.verdict.model_dump_json(by_alias=True, indent=1).encode()
+    ref = store.put_bytes(verdict, "verdict.json")
+    graphs = {graph_file_name(findings, index): graph.onnx for index, graph in enumerate(findings.graphs)}
+    objects = {"model_fp32.onnx": findings.model.fp32_onnx, **graphs}
+    objects |= {f"engines/{record.blob.name}": record.blob for record in findings.engines}
+    try:
+        (directory / "engines").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as temporary:
+            (Path(temporary) / "engines").mkdir()
+            for name, data in {**report.contents, "verdict.json": verdict}.items():
+                (Path(temporary) / name).write_bytes(data)
+            for name, reference in objects.items():
+                (Path(temporary) / name).write_bytes(store.get_bytes(reference))
+            for name in [*objects, *report.contents, "verdict.json"]:
+                os.replace(Path(temporary) / name, directory / name)
+    except OSError as error:
+        raise ArtifactError(
+            f"The output folder {directory} cannot be written: {error.strerror}. Expected free space and write "
+            "permission; the results are in the store, run again with another --output."
+        ) from error
+    return ref

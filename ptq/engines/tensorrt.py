@@ -1,0 +1,442 @@
+"""How does TensorRT build, inspect and run a graph on an NVIDIA GPU?
+
+The only importer of `tensorrt`, written for 8.6, 10 and 11. These differ in the names they have, so the
+decisions are taken by `build_plan` from a list of names, without the library. From TensorRT 11 each layer's
+type comes from the graph (strong typing) and FP16 needs an FP16 graph; before, builder flags ask for it. PyTorch
+provides device memory, streams and CUDA graphs.
+"""
+
+import ctypes
+import importlib.util
+import json
+import logging
+import re
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ptq.config import Precision
+from ptq.engines.interface import (
+    CONVOLUTION,
+    LINEAR,
+    REFORMAT,
+    BuiltEngine,
+    Float32Array,
+    FloatRemainder,
+    pad_batch,
+    require_batch_size,
+    require_classifier,
+)
+from ptq.errors import EngineBuildError
+from ptq.records import EngineIdentity, LayerReport
+
+logger = logging.getLogger(__name__)
+
+_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+_CUDA_ERROR_NO_DEVICE = 100
+# First release whose precision flags are deprecated in favour of types in the graph.
+_STRONG_TYPING_SINCE = (10, 12)
+# The words of both generations of the inspector, the longer before those they contain.
+_TYPE_WORDS = (
+    ("bf16", r"bfloat16|bf16"),
+    ("fp16", r"float16|fp16|half"),
+    ("fp8", r"float8|fp8"),
+    ("uint8", r"uint8"),
+    ("int8", r"int8"),
+    ("int32", r"int32"),
+    ("int64", r"int64"),
+    ("bool", r"bool"),
+    ("fp32", r"float|fp32"),
+)
+_KIND_WORDS = (
+    (REFORMAT, r"reformat"),
+    (CONVOLUTION, r"conv"),
+    (LINEAR, r"gemm|matrix_?multiply|matmul|fully_?connected"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ApiSurface:
+    """What a TensorRT release offers: its version, and the names of two of its enumerations."""
+
+    version: tuple[int, int]
+    network_flags: frozenset[str]
+    builder_flags: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class BuildPlan:
+    """Which flags a build sets and clears, by name. `strongly_typed`: layers take their types from the graph."""
+
+    strongly_typed: bool
+    network_flags: tuple[str, ...]
+    set_flags: tuple[str, ...]
+    cleared_flags: tuple[str, ...]
+
+
+def probe_cuda() -> str:
+    """Returns why CUDA cannot be used, or an empty string if it can.
+
+    The driver is asked directly: without one, TensorRT ends the process instead of raising.
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "there is no NVIDIA driver library (libcuda.so.1)"
+    status = driver.cuInit(0)
+    count = ctypes.c_int(0)
+    if status == 0:
+        status = driver.cuDeviceGetCount(ctypes.byref(count))
+    if status == _CUDA_ERROR_NO_DEVICE or (status == 0 and count.value == 0):
+        return "there is no CUDA device"
+    return f"the NVIDIA driver fails with CUDA error {status}" if status else ""
+
+
+def find_problem() -> str:
+    """Returns why TensorRT cannot be used on this machine, or an empty string if it can."""
+    problem = probe_cuda()
+    if problem:
+        return problem
+    if importlib.util.find_spec("tensorrt") is None:
+        return "tensorrt is not installed"
+    # Imported here: it takes a second, and is not needed where there is no GPU.
+    import torch
+
+    if not torch.cuda.is_available():
+        return "the installed torch cannot use CUDA"
+    return ""
+
+
+def build_plan(surface: ApiSurface, *, precision: Precision, weak_typing: bool = False) -> BuildPlan:
+    """Returns the flags that make `surface` build a graph in `precision`.
+
+    Args:
+        surface: the names that the installed release has.
+        precision: fp32, fp16 or int8. INT8 lets FP16 run what is not quantized, else that would run in FP32.
+        weak_typing: take types from flags where the release still can, as an FP32 graph needs for FP16 layers.
+
+    Raises:
+        EngineBuildError: TensorRT does not run `precision`, or the release has no flag for it.
+
+    TF32 is cleared for FP32, whose baseline then is true FP32, and set otherwise.
+    """
+    if precision not in _PRECISIONS:
+        raise EngineBuildError(
+            f"precision is {precision}, which this project does not build with TensorRT. It builds "
+            f"{', '.join(_PRECISIONS)}. Choose one of these."
+        )
+    can_be_strong = "STRONGLY_TYPED" in surface.network_flags
+    always_strong = can_be_strong and "FP16" not in surface.builder_flags
+    strong = always_strong or (can_be_strong and surface.version >= _STRONG_TYPING_SINCE and not weak_typing)
+    network = ["EXPLICIT_BATCH"] if "EXPLICIT_BATCH" in surface.network_flags and surface.version < (10, 0) else []
+    wanted: tuple[str, ...] = ()
+    if strong:
+        network.append("STRONGLY_TYPED")
+    else:
+        wanted = {"fp32": (), "fp16": ("FP16",), "int8": ("INT8", "FP16")}[precision]
+    missing = [flag for flag in wanted if flag not in surface.builder_flags]
+    if missing:
+        raise EngineBuildError(
+            f"TensorRT {surface.version[0]}.{surface.version[1]} has no builder flag {' or '.join(missing)}, and no "
+            "strongly typed networks. Expected release 8.6, 10 or 11. Install one of these."
+        )
+    tf32 = ("TF32",) if "TF32" in surface.builder_flags else ()
+    return BuildPlan(
+        strongly_typed=strong,
+        network_flags=tuple(network),
+        set_flags=wanted if precision == "fp32" else (*wanted, *tf32),
+        cleared_flags=tf32 if precision == "fp32" else (),
+    )
+
+
+def layers_from_inspector(text: str) -> tuple[LayerReport, ...]:
+    """Returns the layers of an engine from its inspector's JSON, of TensorRT 8 and 10 or of 11.
+
+    Before 11 a tensor has one field "Format/Datatype" whose sentence holds the type; from 11 two fields. A layer
+    without details, as an engine built with less than detailed verbosity reports it, keeps its name and has empty
+    types.
+
+    Raises:
+        EngineBuildError: the text is not the inspector's JSON.
+    """
+    try:
+        entries = json.loads(text)["Layers"]
+        return tuple(_report_layer(entry) for entry in entries)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise EngineBuildError(
+            f"TensorRT's engine inspector returned {text[:80]!r}, which holds no list of layers. Expected JSON with "
+            "the key Layers. This release may use a new schema; see `layers_from_inspector`."
+        ) from error
+
+
+def _report_layer(entry: dict[str, Any] | str) -> LayerReport:
+    if isinstance(entry, str):
+        return LayerReport(name=entry, kind="", input_type="", output_type="", kernel="")
+    return LayerReport(
+        name=entry["Name"],
+        kind=_kind_of(entry),
+        input_type=_type_of(entry.get("Inputs", [])),
+        output_type=_type_of(entry.get("Outputs", [])),
+        kernel=str(entry.get("TacticName") or entry.get("TacticValue") or ""),
+    )
+
+
+def _kind_of(entry: dict[str, Any]) -> str:
+    """By parameter type, then layer type; by name only for a fused layer that has weights."""
+    weighted = isinstance(entry.get("Weights"), dict) and entry["Weights"].get("Count", 0) > 0
+    layer_type = str(entry.get("LayerType", ""))
+    for words in (str(entry.get("ParameterType", "")), layer_type, entry["Name"] if weighted else ""):
+        for kind, pattern in _KIND_WORDS:
+            if re.search(pattern, words, re.IGNORECASE):
+                return kind
+    return layer_type.lower()
+
+
+def _type_of(tensors: list[dict[str, Any]]) -> str:
+    """Type of the first tensor, "" without tensors, the inspector's own words if none is known."""
+    if not tensors:
+        return ""
+    fields = {key.lower().replace(" ", ""): str(value) for key, value in tensors[0].items()}
+    said = fields.get("datatype") or fields.get("format/datatype") or fields.get("format", "")
+    for name, pattern in _TYPE_WORDS:
+        if re.search(pattern, said, re.IGNORECASE):
+            return name
+    return said
+
+
+class TensorRtEngine:
+    """TensorRT on the first CUDA device.
+
+    `timing_cache` is what earlier builds learned about kernels, empty at first; each build reads and replaces it.
+    Kept between runs, it makes builds quicker and repeatable.
+    """
+
+    def __init__(self, *, timing_cache: bytes = b"") -> None:
+        # Imported here: both are unusable on most machines, and the plan and the inspector need neither.
+        import tensorrt
+        import torch
+
+        self._trt: Any = tensorrt
+        self._torch: Any = torch
+        self._messages: deque[str] = deque(maxlen=5)
+        self._log = _new_logger(self._trt, self._messages)
+        self.timing_cache = timing_cache
+
+    def identity(self) -> EngineIdentity:
+        """Returns TensorRT's version and the GPU's name."""
+        device = self._torch.cuda.get_device_name(0)
+        return EngineIdentity(name="tensorrt", version=self._trt.__version__, device=device, threads=0)
+
+    def precisions(self) -> tuple[Precision, ...]:
+        """Returns fp32, fp16 and int8."""
+        return _PRECISIONS
+
+    def surface(self) -> ApiSurface:
+        """Returns the names that the installed release has."""
+        major, minor = self._trt.__version__.split(".")[:2]
+        return ApiSurface(
+            version=(int(major), int(minor)),
+            network_flags=frozenset(self._trt.NetworkDefinitionCreationFlag.__members__),
+            builder_flags=frozenset(self._trt.BuilderFlag.__members__),
+        )
+
+    def build(
+        self, onnx: Path, *, precision: Precision, batch_size: int, float_remainder: FloatRemainder
+    ) -> BuiltEngine:
+        """Returns the graph built for exactly `batch_size` images; see `Engine.build`.
+
+        `float_remainder` has no effect. What stays float in an INT8 graph runs in FP16 where flags can ask for it or
+        the graph has FP16 tensors, else in FP32.
+        """
+        started = time.perf_counter()
+        self._messages.clear()
+        builder = self._trt.Builder(self._log)
+        plan = build_plan(self.surface(), precision=precision)
+        network = self._parse(builder, onnx, plan)
+        if plan.strongly_typed and precision != "fp32" and not self._has_fp16(network):
+            # An FP32 graph: flags let TensorRT choose FP16, where the release still has them.
+            plan = build_plan(self.surface(), precision=precision, weak_typing=True)
+            if not plan.strongly_typed:
+                network = self._parse(builder, onnx, plan)
+            elif precision == "fp16":
+                raise EngineBuildError(
+                    f"{onnx.name} has no FP16 tensor, and TensorRT {self._trt.__version__} takes each layer's type "
+                    "from the graph. Expected an FP16 graph. Export one with `ptq export --precision fp16`."
+                )
+        config = self._configure(builder, network, plan, batch_size)
+        serialized = builder.build_serialized_network(network, config)
+        if serialized is None:
+            raise self._error(f"cannot build {onnx.name} as {precision} for batches of {batch_size}")
+        self.timing_cache = bytes(config.get_timing_cache().serialize())
+        build_s = time.perf_counter() - started
+        blob = bytes(serialized)
+        engine = self._deserialize(blob)
+        information = engine.create_engine_inspector().get_engine_information(self._trt.LayerInformationFormat.JSON)
+        return BuiltEngine(blob, layers_from_inspector(information), build_s)
+
+    def load(
+        self, blob: bytes, *, precision: Precision, batch_size: int, float_remainder: FloatRemainder
+    ) -> "TensorRtRunner":
+        """Returns a runner of a plan; see `Engine.load`. The plan fixes the types, so the precision is not read."""
+        runner = TensorRtRunner(self._trt, self._torch, self._deserialize(blob))
+        require_batch_size(runner.batch_size, asked=batch_size)
+        return runner
+
+    def _parse(self, builder: Any, onnx: Path, plan: BuildPlan) -> Any:
+        flags = self._trt.NetworkDefinitionCreationFlag
+        network = builder.create_network(sum(1 << int(flags.__members__[name]) for name in plan.network_flags))
+        # Kept until the next build: the parser owns the weights that the network refers to.
+        self._parser = self._trt.OnnxParser(network, self._log)
+        if not self._parser.parse_from_file(str(onnx)):
+            found = "; ".join(str(self._parser.get_error(index)) for index in range(self._parser.num_errors))
+            raise self._error(f"cannot parse {onnx.name}: {found[:300]}")
+        require_classifier(onnx.name, inputs=network.num_inputs, outputs=network.num_outputs)
+        return network
+
+    def _has_fp16(self, network: Any) -> bool:
+        layers = (network.get_layer(index) for index in range(network.num_layers))
+        outputs = (layer.get_output(index) for layer in layers for index in range(layer.num_outputs))
+        return any(output is not None and output.dtype == self._trt.DataType.HALF for output in outputs)
+
+    def _configure(self, builder: Any, network: Any, plan: BuildPlan, batch_size: int) -> Any:
+        config = builder.create_builder_config()
+        flags = self._trt.BuilderFlag.__members__
+        for name in plan.set_flags:
+            config.set_flag(flags[name])
+        for name in plan.cleared_flags:
+            config.clear_flag(flags[name])
+        config.profiling_verbosity = self._trt.ProfilingVerbosity.DETAILED
+        if not config.set_timing_cache(config.create_timing_cache(self.timing_cache), ignore_mismatch=False):
+            # It was made by another release or on another GPU.
+            config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
+        images = network.get_input(0)
+        if images.shape[0] != -1:
+            require_batch_size(images.shape[0], asked=batch_size)
+        if -1 in tuple(images.shape):
+            shape = (batch_size, *tuple(images.shape)[1:])
+            profile = builder.create_optimization_profile()
+            # Equal bounds: a range would be tuned for one size and slow at the others.
+            profile.set_shape(images.name, shape, shape, shape)
+            config.add_optimization_profile(profile)
+        return config
+
+    def _deserialize(self, blob: bytes) -> Any:
+        engine = self._trt.Runtime(self._log).deserialize_cuda_engine(blob)
+        if engine is None:
+            raise self._error(f"cannot load an engine of {len(blob)} bytes")
+        return engine
+
+    def _error(self, what: str) -> EngineBuildError:
+        said = " ".join(self._messages)[:400] or "it gave no reason"
+        return EngineBuildError(
+            f"TensorRT {self._trt.__version__} {what} ({said}). Expected a graph that passes `ptq validate`, or an "
+            "engine built by this release on this kind of GPU. Build the engine again from its ONNX file."
+        )
+
+
+class TensorRtRunner:
+    """A loaded plan with its buffers on the GPU. `trt` and `torch` are the imported libraries."""
+
+    def __init__(self, trt: Any, torch: Any, engine: Any) -> None:
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        modes = {name: engine.get_tensor_mode(name) for name in names}
+        (source,) = (name for name in names if modes[name] == trt.TensorIOMode.INPUT)
+        (target,) = (name for name in names if modes[name] == trt.TensorIOMode.OUTPUT)
+        types = {trt.DataType.FLOAT: torch.float32, trt.DataType.HALF: torch.float16}
+        self._shape = tuple(engine.get_tensor_shape(source))
+        if -1 in self._shape:
+            # The profile's bounds are equal, so its optimum is the only shape.
+            self._shape = tuple(engine.get_tensor_profile_shape(source, 0)[1])
+        self.batch_size: int = self._shape[0]
+        self._torch = torch
+        self._engine = engine
+        self._context = engine.create_execution_context()
+        self._context.set_input_shape(source, self._shape)
+        self._stream = torch.cuda.Stream()
+        self._pinned = torch.zeros(self._shape, dtype=torch.float32).pin_memory()
+        self._images = torch.zeros(self._shape, dtype=types[engine.get_tensor_dtype(source)], device="cuda")
+        output_shape = tuple(self._context.get_tensor_shape(target))
+        self._logits = torch.zeros(output_shape, dtype=types[engine.get_tensor_dtype(target)], device="cuda")
+        self._context.set_tensor_address(source, self._images.data_ptr())
+        self._context.set_tensor_address(target, self._logits.data_ptr())
+        # The buffers were filled on another stream.
+        torch.cuda.synchronize()
+
+    def __call__(self, images: Float32Array) -> Float32Array:
+        """Returns the logits of `images`; see `Runner`."""
+        with self._torch.cuda.stream(self._stream):
+            self._upload(images)
+            self._enqueue()
+            # The copy to pageable memory waits for the stream.
+            return np.asarray(self._logits[: len(images)].float().cpu().numpy())
+
+    def timed_calls(
+        self, images: Float32Array, *, warmup_ms: float, duration_s: float, min_iterations: int
+    ) -> tuple[list[float], float]:
+        """Returns the GPU's compute time of each inference in ms, and the time from the first to the last in s.
+
+        Inferences are replays of a CUDA graph between two events. The next is enqueued before the last is waited for,
+        as trtexec does, so that the GPU is never idle; no transfer is measured.
+        """
+        torch = self._torch
+        with torch.cuda.stream(self._stream):
+            self._upload(images)
+            self._enqueue()
+            self._stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                self._enqueue()
+            warm_at = time.perf_counter() + warmup_ms / 1000
+            while time.perf_counter() < warm_at:
+                graph.replay()
+                self._stream.synchronize()
+            end_at = time.perf_counter() + duration_s
+            events = [self._replay(graph)]
+            while time.perf_counter() < end_at or len(events) < min_iterations:
+                events.append(self._replay(graph))
+                events[-2][1].synchronize()
+            events[-1][1].synchronize()
+        latencies_ms = [start.elapsed_time(end) for start, end in events]
+        return latencies_ms, events[0][0].elapsed_time(events[-1][1]) / 1000
+
+    def close(self) -> None:
+        """Frees the GPU's memory."""
+        del self._context, self._engine, self._images, self._logits, self._pinned
+
+    def _upload(self, images: Float32Array) -> None:
+        batch = pad_batch(images, shape=self._shape)
+        self._pinned.copy_(self._torch.from_numpy(batch if batch.flags.writeable else batch.copy()))
+        self._images.copy_(self._pinned, non_blocking=True)
+
+    def _enqueue(self) -> None:
+        if not self._context.execute_async_v3(self._torch.cuda.current_stream().cuda_stream):
+            raise EngineBuildError(
+                "TensorRT did not accept an inference. Expected an engine built on this GPU. Build it again from its "
+                "ONNX file."
+            )
+
+    def _replay(self, graph: Any) -> tuple[Any, Any]:
+        start, end = (self._torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        return start, end
+
+
+def _new_logger(trt: Any, messages: deque[str]) -> Any:
+    """A TensorRT logger that keeps the latest errors in `messages`, for the exception that follows them."""
+
+    class Log(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                messages.append(message)
+            logger.debug("TensorRT: %s", message)
+
+    return Log()

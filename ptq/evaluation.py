@@ -1,0 +1,119 @@
+"""How good is one graph on the engine that will run it?
+
+Builds the graph, runs it over every split and turns the logits into metrics and per-image predictions, so that
+everything else can be computed later without inference.
+"""
+
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from ptq.config import Precision
+from ptq.engines.interface import Engine
+from ptq.inference import logits_of
+from ptq.metrics import parquet_from_tables, predictions_table, split_metrics
+from ptq.records import SplitMetrics
+
+
+@dataclass(frozen=True, slots=True)
+class SplitImages:
+    """The images of one split: `pixels` uint8 (n, h, w, c), `labels` int64 (n,), and a (path, SHA-256) each."""
+
+    split: str
+    pixels: np.ndarray
+    labels: np.ndarray
+    files: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Metrics by split, predictions as Parquet, and logits as npz."""
+
+    splits: tuple[SplitMetrics, ...]
+    predictions: bytes
+    logits: bytes
+
+
+def split_images_from_files(split: str, *, pixels: Path, labels: Path, files: Path) -> SplitImages:
+    """Returns a prepared split; its pixels are mapped, not read."""
+    return SplitImages(
+        split=split,
+        pixels=np.load(pixels, mmap_mode="r", allow_pickle=False),
+        labels=np.load(labels, allow_pickle=False),
+        files=[(path, sha256) for path, sha256 in json.loads(files.read_text())],
+    )
+
+
+def evaluate_graph(
+    graph: Path,
+    *,
+    engine: Engine,
+    precision: Precision,
+    batch_size: int,
+    float_remainder: Literal["fp32", "bf16"],
+    splits: Sequence[SplitImages],
+    mean: Sequence[float],
+    std: Sequence[float],
+    reference_logits: Mapping[str, np.ndarray] | None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Returns the metrics, predictions and logits of a graph on every split.
+
+    Args:
+        graph: ONNX file.
+        engine: what runs it.
+        precision: the precision it is built in.
+        batch_size: images per inference.
+        float_remainder: precision of what stays in float in an INT8 graph.
+        splits: the images.
+        mean: per channel, in units of [0, 1].
+        std: per channel, in units of [0, 1].
+        reference_logits: FP32's logits by split; None for FP32 itself.
+        progress: called with (images done, images in all).
+
+    Raises:
+        EngineBuildError: the engine refuses the graph, or a logit is not finite.
+    """
+    built = engine.build(graph, precision=precision, batch_size=batch_size, float_remainder=float_remainder)
+    runner = engine.load(built.blob, precision=precision, batch_size=batch_size, float_remainder=float_remainder)
+    total = sum(len(images.labels) for images in splits)
+    metrics, tables, logits, done = [], [], {}, 0
+    try:
+        for images in splits:
+            offset = done
+            report = (lambda count, _, offset=offset: progress(offset + count, total)) if progress else None
+            values = logits_of(runner, images.pixels, mean=mean, std=std, progress=report)
+            done += len(images.labels)
+            reference = reference_logits[images.split] if reference_logits is not None else None
+            metrics.append(split_metrics(values, images.labels, split=images.split, reference_logits=reference))
+            paths, digests = [path for path, _ in images.files], [sha256 for _, sha256 in images.files]
+            tables.append(predictions_table(values, images.labels, split=images.split, paths=paths, sha256=digests))
+            logits[images.split] = values
+    finally:
+        runner.close()
+    return Evaluation(tuple(metrics), parquet_from_tables(tables), npz_from_arrays(logits))
+
+
+def npz_from_arrays(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """Returns arrays by name as one npz file without pickles."""
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    return buffer.getvalue()
+
+
+def arrays_from_npz(path: Path) -> dict[str, np.ndarray]:
+    """Returns the arrays of an npz file; pickles are refused."""
+    with np.load(path, allow_pickle=False) as content:
+        return {name: content[name] for name in content.files}
+
+
+def npy_from_array(array: np.ndarray) -> bytes:
+    """Returns an array as an npy file without pickles."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()

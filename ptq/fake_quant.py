@@ -1,0 +1,182 @@
+"""How does a placement plan become a fake-quantized PyTorch model?
+
+Carries a plan out with pytorch-quantization 2.1.3: its quantized modules hold the weight quantizers, one
+`TensorQuantizer` per tensor holds an activation's. The library's own calibrators are not used: its MSE needs
+CUDA, its entropy minutes, and its histograms depend on the order of the images. The only importer of
+pytorch_quantization.
+"""
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import fx, nn
+
+from ptq.config import Dialect
+from ptq.errors import CalibrationError
+from ptq.placement import weight_axis
+from ptq.records import PlacementPlan, QuantizerSpec
+
+with warnings.catch_warnings():
+    # The library was written for an older Python and an older torch: invalid escapes and renamed functions.
+    warnings.simplefilter("ignore")
+    from absl import logging as absl_logging
+    from pytorch_quantization import nn as quant_nn
+    from pytorch_quantization.nn.modules.tensor_quantizer import TensorQuantizer
+    from pytorch_quantization.tensor_quant import QuantDescriptor
+
+# It warns for every quantizer on every export; what matters is checked and logged by the callers.
+absl_logging.set_verbosity(absl_logging.ERROR)
+# Importing absl puts a handler on the root logger, which would print every other library's records a second time.
+for _handler in list(logging.getLogger().handlers):
+    if isinstance(_handler, absl_logging.ABSLHandler):
+        logging.getLogger().removeHandler(_handler)
+
+logger = logging.getLogger(__name__)
+
+_QUANTIZED = {
+    nn.Conv2d: quant_nn.QuantConv2d,
+    nn.ConvTranspose2d: quant_nn.QuantConvTranspose2d,
+    nn.Linear: quant_nn.QuantLinear,
+}
+QUANTIZER_PREFIX = "activation_quantizer"
+
+
+def quantizer_module_name(spec_index: int, tensor_index: int) -> str:
+    """Returns the module name of an activation quantizer; the exported node carries it."""
+    return f"{QUANTIZER_PREFIX}_{spec_index}_{tensor_index}"
+
+
+def is_unsigned(spec: QuantizerSpec, dialect: Dialect) -> bool:
+    """Whether a quantizer uses uint8: in the cpu dialect, where the tensor is never negative."""
+    return dialect == "cpu" and spec.kind == "activation" and spec.never_negative
+
+
+def amax_bound(spec: QuantizerSpec, dialect: Dialect) -> int:
+    """Returns the integer that amax maps to: 255 for uint8, 127 for int8. The scale is amax / bound."""
+    return 255 if is_unsigned(spec, dialect) else 127
+
+
+def weight_amax(module: nn.Module, plan: PlacementPlan) -> dict[str, torch.Tensor]:
+    """Returns max |w| per output channel of every quantized layer, as float32 (channels,), by quantizer name.
+
+    A channel of zeros gets the smallest normal float32 times 127, so that its scale is positive.
+    """
+    table = {}
+    for spec in plan.weights:
+        weight = module.get_submodule(spec.readers[0]).weight
+        assert isinstance(weight, torch.Tensor)
+        amax = weight.detach().abs().transpose(0, spec.axis or 0).flatten(1).amax(1)
+        table[spec.name] = amax.clamp_min(torch.finfo(torch.float32).tiny * 127).float()
+    return table
+
+
+def fake_quant_from_folded(
+    folded: nn.Module,
+    plan: PlacementPlan,
+    *,
+    dialect: Dialect,
+    activation_amax: Mapping[str, float],
+    weight_amax: Mapping[str, torch.Tensor],
+) -> nn.Module:
+    """Returns a fake-quantized copy of a folded model, with every amax set.
+
+    Args:
+        folded: the model of `models.fold_model`; it is not changed.
+        plan: its placement plan.
+        dialect: `tensorrt` for int8 throughout, `cpu` for uint8 where a tensor is never negative.
+        activation_amax: amax by activation quantizer name, in activation units, positive.
+        weight_amax: amax by weight quantizer name, float32 (channels,).
+
+    Raises:
+        CalibrationError: a quantizer has no amax, or one that is not finite and positive.
+    """
+    _check_amax(plan, activation_amax)
+    model = copy.deepcopy(folded)
+    for spec in plan.weights:
+        _replace_layer_(model, spec, weight_amax[spec.name], traced=plan.traced)
+    for index, spec in enumerate(plan.activations):
+        amax = torch.tensor(float(activation_amax[spec.name]), dtype=torch.float32)
+        if plan.traced:
+            assert isinstance(model, fx.GraphModule)
+            _insert_activation_quantizer_(model, spec, index, amax, dialect)
+        else:
+            layer = model.get_submodule(spec.name)
+            layer._input_quantizer = _tensor_quantizer(amax, axis=None, unsigned=is_unsigned(spec, dialect))
+    if isinstance(model, fx.GraphModule):
+        model.graph.lint()
+        model.recompile()
+    return model.eval()
+
+
+def _check_amax(plan: PlacementPlan, activation_amax: Mapping[str, float]) -> None:
+    for spec in plan.activations:
+        amax = activation_amax.get(spec.name)
+        if amax is None or not 0 < amax < float("inf"):
+            raise CalibrationError(
+                f"Quantizer {spec.name} has amax {amax}; expected a finite positive number. Calibrate the model first: "
+                "the amax table must name every activation quantizer of the plan."
+            )
+
+
+def _tensor_quantizer(amax: torch.Tensor, *, axis: int | None, unsigned: bool) -> TensorQuantizer:
+    quantizer = TensorQuantizer(QuantDescriptor(num_bits=8, axis=axis, unsigned=unsigned, narrow_range=False))
+    quantizer.register_buffer("_amax", amax)
+    return quantizer
+
+
+def _replace_layer_(model: nn.Module, spec: QuantizerSpec, amax: torch.Tensor, *, traced: bool) -> None:
+    name = spec.readers[0]
+    layer = model.get_submodule(name)
+    axis = weight_axis(layer)
+    weight = layer.weight
+    assert isinstance(weight, torch.Tensor)
+    shape = [1] * weight.ndim
+    shape[axis] = weight.shape[axis]
+    # The subclass adds two quantizers to the layer and changes nothing else of its state, so the layer itself is
+    # turned into one, as the library's own monkey-patching would have built it.
+    quantized = copy.copy(layer)
+    quantized.__class__ = _QUANTIZED[type(layer)]
+    quantized._modules = dict(layer._modules)
+    quantized._weight_quantizer = _tensor_quantizer(amax.reshape(shape), axis=axis, unsigned=False)
+    quantized._input_quantizer = TensorQuantizer(QuantDescriptor(num_bits=8))
+    if traced:
+        quantized._input_quantizer.disable()  # its input is quantized once, at the tensor, for all readers
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, quantized)
+
+
+def _insert_activation_quantizer_(
+    model: fx.GraphModule, spec: QuantizerSpec, index: int, amax: torch.Tensor, dialect: Dialect
+) -> None:
+    nodes = {node.name: node for node in model.graph.nodes}
+    readers = [nodes[name] for name in spec.readers]
+    for position, tensor_name in enumerate(spec.tensors):
+        tensor = nodes[tensor_name]
+        name = quantizer_module_name(index, position)
+        model.add_submodule(name, _tensor_quantizer(amax.clone(), axis=None, unsigned=is_unsigned(spec, dialect)))
+        with model.graph.inserting_after(tensor):
+            quantized = model.graph.call_module(name, (tensor,))
+        for reader in readers:
+            reader.replace_input_with(tensor, quantized)
+
+
+@contextmanager
+def exportable_fake_quant() -> Iterator[None]:
+    """Makes quantizers use torch's own fake quantization, which the ONNX exporter writes as Q/DQ pairs."""
+    before = TensorQuantizer.use_fb_fake_quant
+    TensorQuantizer.use_fb_fake_quant = True
+    try:
+        yield
+    finally:
+        TensorQuantizer.use_fb_fake_quant = before
+
+
+def enabled_quantizers(model: nn.Module) -> list[str]:
+    """Returns the names of the quantizers of a fake-quantized model that are not disabled."""
+    return [
+        name for name, module in model.named_modules() if isinstance(module, TensorQuantizer) and not module._disabled
+    ]

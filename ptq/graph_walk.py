@@ -1,0 +1,499 @@
+"""How do the nodes of a Q/DQ graph hang together?
+
+Answers what the graph checks ask: which quantizer stands behind a tensor, which layers carry weights, which adds are
+residual, which tensors cannot be negative, what stays in float. It passes no judgement, that is the work of
+`graph_checks.py`, and it knows graphsurgeon's nodes and tensors only through the two protocols below. Every walk ends,
+on a graph with a cycle or with missing inputs too, since the files of other makers are walked as well.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+QUANTIZE = "QuantizeLinear"
+DEQUANTIZE = "DequantizeLinear"
+
+# Operators that give the same result before and behind a symmetric per-tensor quantizer.
+_COMMUTING = frozenset({
+    "Identity", "Dropout", "MaxPool", "GlobalMaxPool", "Relu", "Transpose", "Reshape", "Flatten", "Squeeze",
+    "Unsqueeze", "Slice", "Split", "Gather", "DepthToSpace", "SpaceToDepth", "Expand",
+})  # fmt: skip
+# Operators that move or rename numbers and compute none.
+_MOVING = _COMMUTING - {"MaxPool", "GlobalMaxPool", "Relu"} | {"Concat", "Shape", "Cast", "ConstantOfShape", "Range"}
+# Operators an engine computes in the last step of the INT8 layer before them.
+_EPILOGUE = frozenset({
+    "Relu", "Clip", "LeakyRelu", "PRelu", "Elu", "Sigmoid", "HardSigmoid", "HardSwish", "Mish", "Tanh", "Softplus",
+    "Erf", "Gelu", "Add", "Sub", "Mul", "Div", "BatchNormalization",
+})  # fmt: skip
+_AVERAGE_POOLS = frozenset({"AveragePool", "GlobalAveragePool"})
+_NEVER_NEGATIVE = frozenset({"Relu", "Sigmoid", "HardSigmoid", "Softmax", "Softplus", "Exp", "Abs"})
+_KEEPS_SIGN_OF_FIRST = _COMMUTING | _AVERAGE_POOLS | {"ReduceMean", "ReduceMax", "ReduceSum", "Cast", "Sqrt"}
+_KEEPS_SIGN_OF_ALL = frozenset({"Concat", "Add", "Mul", "Max"})
+_ACTIVATIONS = frozenset({"Identity", "Dropout", "Relu", "Clip", "LeakyRelu", "HardSwish", "BatchNormalization"})
+_BRANCH = _ACTIVATIONS | {QUANTIZE, DEQUANTIZE}
+RESHAPING = frozenset({"Identity", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Cast"})
+
+
+class Tensor(Protocol):
+    """A graphsurgeon tensor; a constant also has `values`."""
+
+    name: str
+    dtype: Any
+    shape: Sequence[int | str | None] | None
+    inputs: list["Node"]
+    outputs: list["Node"]
+
+
+class Node(Protocol):
+    """A graphsurgeon node."""
+
+    name: str
+    op: str
+    domain: str | None
+    attrs: dict[str, Any]
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A Conv, ConvTranspose, Gemm or MatMul with weights.
+
+    `axis` is the output-channel axis of the weight as the node reads it, counted from the end where negative.
+    """
+
+    node: Node
+    activation: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    axis: int
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A quantized weight. `values` is what the Q reads, or the stored integers where there is no Q.
+
+    `axis` is the output-channel axis of `values`, None where a reshape hides it.
+    """
+
+    layer: Layer
+    quantize: Node | None
+    dequantize: Node
+    values: np.ndarray
+    axis: int | None
+
+    @property
+    def node(self) -> Node:
+        """The node that holds the scale."""
+        return self.quantize or self.dequantize
+
+    @property
+    def step(self) -> np.ndarray | None:
+        """The size of one integer step in the units of `values`, per tensor or per channel."""
+        scale = scale_of(self.node)
+        return np.ones_like(scale) if scale is not None and self.quantize is None else scale
+
+
+@dataclass(frozen=True, slots=True)
+class ResidualAdd:
+    """An add that a convolution could absorb. Both tuples are in the order of the operands.
+
+    `from_conv` tells which operands are a convolution's output that nothing else reads; `quantized`, which come
+    from a DQ.
+    """
+
+    node: Node
+    from_conv: tuple[bool, bool]
+    quantized: tuple[bool, bool]
+
+
+def label(node: Node) -> str:
+    """Returns the node's name, or its operator and first output where it has none."""
+    return node.name or f"{node.op} -> {node.outputs[0].name if node.outputs else '?'}"
+
+
+def producer(tensor: Tensor) -> Node | None:
+    """Returns the node that writes `tensor`, None for inputs and initializers."""
+    return tensor.inputs[0] if tensor.inputs else None
+
+
+def input_at(node: Node, index: int) -> Tensor | None:
+    """Returns the input at a position, None where it is left out."""
+    return node.inputs[index] if index < len(node.inputs) and node.inputs[index].name else None
+
+
+def walk_back(tensor: Tensor, operators: frozenset[str]) -> tuple[list[Node], Tensor]:
+    """Returns the nodes of the given operators before `tensor`, nearest first, and the tensor where they begin."""
+    chain: list[Node] = []
+    node = producer(tensor)
+    while node is not None and node.op in operators and node.inputs and not any(node is passed for passed in chain):
+        chain.append(node)
+        tensor = node.inputs[0]
+        node = producer(tensor)
+    return chain, tensor
+
+
+def _stored(tensor: Tensor) -> np.ndarray | None:
+    """The numbers of an initializer or of a Constant node; None for anything else."""
+    holder: Any = tensor
+    node = producer(tensor)
+    if node is not None and node.op == "Constant":
+        holder = next(iter(node.attrs.values()), None)
+        if isinstance(holder, int | float | list):
+            return np.asarray(holder)
+    if not hasattr(type(holder), "values"):
+        return None
+    try:
+        return np.asarray(holder.values)
+    except (ValueError, TypeError, KeyError):
+        # The bytes do not fill the shape. onnx.checker says so; here the tensor counts as not constant.
+        return None
+
+
+def _permutation(node: Node, rank: int) -> list[int] | None:
+    permutation = list(node.attrs.get("perm", range(rank)[::-1]))
+    return permutation if sorted(permutation) == list(range(rank)) else None
+
+
+def constant(tensor: Tensor | None) -> np.ndarray | None:
+    """Returns the numbers of a tensor known from the file, through Identity and Transpose; None if it is computed."""
+    if tensor is None:
+        return None
+    chain, source = walk_back(tensor, frozenset({"Identity", "Transpose"}))
+    values = _stored(source)
+    for node in reversed(chain):
+        if values is not None and node.op == "Transpose":
+            permutation = _permutation(node, values.ndim)
+            values = None if permutation is None else values.transpose(permutation)
+    return values
+
+
+def scale_of(node: Node) -> np.ndarray | None:
+    """Returns the scale of a Q or DQ as float64, None if it is missing or computed."""
+    values = constant(input_at(node, 1))
+    return None if values is None or values.dtype.kind not in "fiu" else values.astype(np.float64)
+
+
+def zero_point_of(node: Node) -> np.ndarray | None:
+    """Returns the zero point of a Q or DQ in its own type, None if it is missing or computed."""
+    return constant(input_at(node, 2))
+
+
+def _is_integer(tensors: Sequence[Tensor]) -> bool:
+    """Whether these are known to hold integers: arithmetic on shapes, not on images."""
+    return any(isinstance(tensor.dtype, np.dtype) and tensor.dtype.kind in "iub" for tensor in tensors)
+
+
+def same_numbers(first: np.ndarray | None, second: np.ndarray | None) -> bool:
+    """Tells whether two scales or zero points have the same type and bits; a scalar equals a vector of length one."""
+    if first is None or second is None:
+        return first is second
+    return first.dtype == second.dtype and first.ravel().tobytes() == second.ravel().tobytes()
+
+
+def source_quantize(node: Node) -> Node | None:
+    """Returns the Q that feeds a DQ, None if something else does."""
+    before = producer(node.inputs[0]) if node.inputs else None
+    return before if before is not None and before.op == QUANTIZE else None
+
+
+def module_names(node: Node, weight: Tensor | None = None) -> set[str]:
+    """Returns every name under which a person may know a layer.
+
+    These are the node's name, the PyTorch module that the exporter's scope spells (`/layer1/layer1.0/conv1/Conv` is
+    `layer1.0.conv1`), and the module whose parameter its weight is.
+    """
+    modules: list[str] = []
+    for part in node.name.strip("/").split("/")[:-1]:
+        if modules and part.startswith(modules[-1] + "."):
+            modules.pop()
+        modules.append(part)
+    names = {node.name, ".".join(modules)}
+    if weight is not None:
+        names.add(walk_back(weight, RESHAPING | {QUANTIZE, DEQUANTIZE})[1].name.rpartition(".")[0])
+    return names - {""}
+
+
+def channel_ratios(values: np.ndarray, step: np.ndarray, axis: int) -> np.ndarray:
+    """Returns max|w| / (127 * step) of every channel along `axis` that is not all zero.
+
+    >>> channel_ratios(np.array([[127.0, -1.0], [0.0, 254.0]]), np.array([1.0, 1.0]), 0)
+    array([1., 2.])
+    """
+    others = tuple(index for index in range(values.ndim) if index != axis)
+    largest = np.abs(values.astype(np.float64)).max(axis=others, initial=0.0)
+    return (largest / (127 * step.ravel()))[largest > 0]
+
+
+def better_axis(values: np.ndarray, step: np.ndarray, axis: int) -> int | None:
+    """Returns the axis whose channels explain `step` clearly better than `axis` does, None if there is none.
+
+    A scale belongs to an axis if max|w| / (127 * step) is nearly the same number for all its channels. That number may
+    differ from one, since a search for the least squared error clips the largest weights.
+    """
+
+    def spread(candidate: int) -> float:
+        ratios = channel_ratios(values, step, candidate)
+        return float(np.std(np.log(ratios))) if ratios.size else 0.0
+
+    own = spread(axis)
+    rivals = [rival for rival in range(values.ndim) if rival != axis and values.shape[rival] == step.size]
+    fitting = [rival for rival in rivals if own > 0.02 and spread(rival) < own / 2]
+    return min(fitting, key=spread, default=None)
+
+
+class QdqGraph:
+    """A graph seen as layers, quantizers and what lies between. It is never changed."""
+
+    def __init__(self, nodes: Iterable[Node], inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        self.nodes: tuple[Node, ...] = tuple(nodes)
+        self.inputs = tuple(inputs)
+        self.outputs = tuple(outputs)
+        self.output_names = frozenset(tensor.name for tensor in outputs)
+        self.quantizes = tuple(node for node in self.nodes if node.op == QUANTIZE)
+        self.dequantizes = tuple(node for node in self.nodes if node.op == DEQUANTIZE)
+        self.layers = tuple(layer for node in self.nodes if (layer := self._layer(node)) is not None)
+        self._dequantize_behind: dict[str, Node | None] = {}
+        self._sign: dict[str, bool] = {}
+        self.weights = tuple(weight for layer in self.layers if (weight := self._weight(layer)) is not None)
+        self._weighted = {id(weight.layer.node) for weight in self.weights}
+
+    def is_activation(self, node: Node) -> bool:
+        """Tells whether a Q reads a tensor that is computed from the image."""
+        return bool(node.inputs) and not self._is_weight(node.inputs[0])
+
+    def scaled(self) -> tuple[Node, ...]:
+        """Returns the nodes whose scale and zero point count: every Q, and every DQ that has none before it."""
+        return self.quantizes + tuple(node for node in self.dequantizes if source_quantize(node) is None)
+
+    def weight_quantizers(self) -> dict[int, Weight]:
+        """Returns the quantized weights by the identity of the node that holds the scale."""
+        return {id(weight.node): weight for weight in self.weights}
+
+    def has_quantized_weight(self, layer: Layer) -> bool:
+        """Tells whether the layer's weight comes from a DQ."""
+        return id(layer.node) in self._weighted
+
+    def is_quantized(self, layer: Layer) -> bool:
+        """Tells whether both the layer's activation and its weight come from a DQ."""
+        return self.has_quantized_weight(layer) and self.dequantize_behind(layer.activation) is not None
+
+    def is_private(self, tensor: Tensor) -> bool:
+        """Tells whether exactly one node reads `tensor` and it is no output of the graph."""
+        return len(tensor.outputs) == 1 and tensor.name not in self.output_names
+
+    def dequantize_behind(self, tensor: Tensor) -> Node | None:
+        """Returns the DQ a tensor comes from, with commuting operators only between; None if there is none.
+
+        A concat commutes if all its operands come from a DQ with one scale.
+        """
+        if tensor.name not in self._dequantize_behind:
+            self._dequantize_behind[tensor.name] = None  # ends the walk on a cycle
+            self._dequantize_behind[tensor.name] = self._find_dequantize(tensor)
+        return self._dequantize_behind[tensor.name]
+
+    def _find_dequantize(self, tensor: Tensor) -> Node | None:
+        _, source = walk_back(tensor, _COMMUTING)
+        node = producer(source)
+        if node is None or node.op == DEQUANTIZE:
+            return node
+        if node.op != "Concat":
+            return None
+        behind = [self.dequantize_behind(operand) for operand in node.inputs]
+        found = [one for one in behind if one is not None]
+        if not found or len(found) < len(behind):
+            return None
+        return found[0] if all(same_numbers(scale_of(found[0]), scale_of(one)) for one in found) else None
+
+    def never_negative(self, tensor: Tensor) -> bool:
+        """Tells whether the operators before `tensor` prove that none of its numbers is below zero."""
+        if tensor.name not in self._sign:
+            self._sign[tensor.name] = False  # ends the walk on a cycle
+            self._sign[tensor.name] = self._prove_never_negative(tensor)
+        return self._sign[tensor.name]
+
+    def _prove_never_negative(self, tensor: Tensor) -> bool:
+        values = constant(tensor)
+        if values is not None:
+            return bool(values.dtype.kind in "fiu" and (values >= 0).all())
+        node = producer(tensor)
+        if node is None or not node.inputs:
+            return False
+        if node.op in _NEVER_NEGATIVE:
+            return True
+        if node.op == "Clip":
+            lowest = constant(input_at(node, 1))
+            return self.never_negative(node.inputs[0]) or (lowest is not None and bool((lowest >= 0).all()))
+        if node.op in (QUANTIZE, DEQUANTIZE):
+            zero_point = zero_point_of(node)
+            at_zero = zero_point is not None and not zero_point.any()
+            return at_zero and (zero_point.dtype == np.uint8 or self.never_negative(node.inputs[0]))  # type: ignore[union-attr]
+        if node.op in _KEEPS_SIGN_OF_ALL:
+            return all(self.never_negative(operand) for operand in node.inputs)
+        return node.op in _KEEPS_SIGN_OF_FIRST and self.never_negative(node.inputs[0])
+
+    def average_pools(self) -> Iterator[Node]:
+        """Yields the average pools, a mean over the two last axes of an image included.
+
+        The pool of a squeeze-and-excitation gate is left out: its input is multiplied by what follows it, in float, so
+        that quantizing it would gain nothing.
+        """
+        for node in self.nodes:
+            if node.inputs and any(reader.op == "Mul" for reader in node.inputs[0].outputs):
+                continue
+            if node.op in _AVERAGE_POOLS and node.inputs:
+                yield node
+            elif node.op == "ReduceMean" and node.inputs and node.inputs[0].shape and len(node.inputs[0].shape) == 4:
+                given = constant(input_at(node, 1))
+                axes = node.attrs.get("axes", [] if given is None else given.ravel().tolist())
+                if sorted(int(axis) % 4 for axis in axes) == [2, 3]:
+                    yield node
+
+    def residual_adds(self) -> Iterator[ResidualAdd]:
+        """Yields the adds of two activations of which one ends in a quantized convolution that nothing else reads.
+
+        In a MobileNetV2 the identity may be a convolution's output too; the next block reads it as well, so that it is
+        no branch.
+        """
+        for node in self.nodes:
+            if node.op != "Add" or len(node.inputs) != 2 or any(self._is_weight(operand) for operand in node.inputs):
+                continue
+            first, second = (self._ends_in_conv(operand) for operand in node.inputs)
+            if first or second:
+                left, right = (self.dequantize_behind(operand) is not None for operand in node.inputs)
+                yield ResidualAdd(node, (first, second), (left, right))
+
+    def float_nodes(self) -> list[Node]:
+        """Returns the nodes that compute in float, in the order of the graph.
+
+        INT8 are: layers with two quantized inputs, what an engine fuses behind them, pools of quantized tensors, and
+        commuting operators whose result is only quantized.
+        """
+        layers = {id(layer.node): layer for layer in self.layers}
+        int8: set[int] = set()
+        result = []
+        for node in self.nodes:
+            if node.op in _MOVING or node.op in (QUANTIZE, DEQUANTIZE, "Constant") or not node.inputs:
+                continue
+            if all(self._is_weight(operand) for operand in node.inputs) or _is_integer(node.outputs[:1]):
+                continue
+            layer = layers.get(id(node))
+            if layer is not None:
+                runs_int8 = self.is_quantized(layer)
+            elif node.op in _COMMUTING or node.op in _AVERAGE_POOLS or node.op == "ReduceMean":
+                runs_int8 = self._is_fused(node, int8) or self.dequantize_behind(node.inputs[0]) is not None
+                runs_int8 = runs_int8 or (node.op in _COMMUTING and self._is_only_quantized(node))
+            else:
+                runs_int8 = self._is_fused(node, int8)
+            if runs_int8:
+                int8.add(id(node))
+            else:
+                result.append(node)
+        return result
+
+    def float_islands(self) -> list[list[Node]]:
+        """Returns the groups of neighbouring float nodes that take numbers from an INT8 layer and hand them to a Q."""
+        remaining = {id(node): node for node in self.float_nodes()}
+        floats = set(remaining)
+        islands = []
+        while remaining:
+            _, seed = remaining.popitem()
+            group, open_ends = [seed], [seed]
+            while open_ends:
+                node = open_ends.pop()
+                neighbours = [near for tensor in node.inputs for near in tensor.inputs]
+                neighbours += [near for tensor in node.outputs for near in tensor.outputs]
+                for near in neighbours:
+                    if remaining.pop(id(near), None) is not None:
+                        group.append(near)
+                        open_ends.append(near)
+            before = [near for node in group for tensor in node.inputs for near in tensor.inputs]
+            fed = any(id(near) not in floats and near.op != "Constant" for near in before)
+            if fed and any(near.op == QUANTIZE for node in group for near in self._readers(node)):
+                islands.append(group)
+        return islands
+
+    def multiply_accumulates(self, layer: Layer) -> int | None:
+        """Returns the multiply-accumulates of a layer for one image, None where a shape is unknown."""
+        chain, source = walk_back(layer.weight, RESHAPING | {QUANTIZE, DEQUANTIZE})
+        values = _stored(source)
+        sized = layer.activation if layer.node.op == "ConvTranspose" else layer.node.outputs[0]
+        if values is None or sized.shape is None:
+            return None
+        positions = sized.shape[2:] if layer.node.op.startswith("Conv") else sized.shape[1:-1]
+        if not all(isinstance(length, int) and length >= 0 for length in positions):
+            return None
+        return int(values.size) * int(np.prod([int(length) for length in positions if length is not None], initial=1))
+
+    def _is_weight(self, tensor: Tensor) -> bool:
+        return _stored(walk_back(tensor, RESHAPING | {QUANTIZE, DEQUANTIZE})[1]) is not None
+
+    def _layer(self, node: Node) -> Layer | None:
+        first, second = input_at(node, 0), input_at(node, 1)
+        if first is None or second is None or not node.outputs:
+            return None
+        if node.op in ("Conv", "ConvTranspose"):
+            return Layer(node, first, second, input_at(node, 2), 0 if node.op == "Conv" else 1)
+        if node.op not in ("Gemm", "MatMul") or self._is_weight(first) == self._is_weight(second):
+            return None
+        bias = input_at(node, 2) if node.op == "Gemm" else None
+        if self._is_weight(second):
+            return Layer(node, first, second, bias, -2 if node.attrs.get("transB", 0) else -1)
+        return Layer(node, second, first, bias, -1 if node.attrs.get("transA", 0) else -2)
+
+    def _weight(self, layer: Layer) -> Weight | None:
+        chain, source = walk_back(layer.weight, RESHAPING)
+        dequantize = producer(source)
+        if dequantize is None or dequantize.op != DEQUANTIZE or not dequantize.inputs:
+            return None
+        quantize = source_quantize(dequantize)
+        values = constant(input_at(quantize or dequantize, 0))
+        if values is None:
+            return None
+        axis: int | None = layer.axis % values.ndim if -values.ndim <= layer.axis < values.ndim else None
+        for node in chain:
+            if node.op == "Transpose" and axis is not None:
+                permutation = _permutation(node, values.ndim)
+                axis = None if permutation is None else permutation[axis]
+            elif node.op not in ("Identity", "Cast"):
+                axis = None
+        return Weight(layer, quantize, dequantize, values, axis)
+
+    def _ends_in_conv(self, tensor: Tensor) -> bool:
+        """Whether a quantized convolution alone writes `tensor`, and nothing else reads it on the way."""
+        chain, source = walk_back(tensor, _BRANCH)
+        node = producer(source)
+        if node is None or node.op not in ("Conv", "ConvTranspose") or id(node) not in self._weighted:
+            return False
+        return self.is_private(source) and all(self.is_private(passed.outputs[0]) for passed in chain)
+
+    def _is_fused(self, node: Node, int8: set[int]) -> bool:
+        """Whether an operand is written by an INT8 node and read by nodes that an engine fuses behind it alone."""
+        if node.op not in _EPILOGUE:
+            return False
+        for operand in node.inputs:
+            writer = producer(operand)
+            if writer is not None and id(writer) in int8 and operand.name not in self.output_names:
+                return all(reader.op in _EPILOGUE for reader in operand.outputs)
+        return False
+
+    def _is_only_quantized(self, node: Node) -> bool:
+        readers = list(self._readers(node))
+        is_output = any(tensor.name in self.output_names for tensor in node.outputs)
+        return bool(readers) and not is_output and all(reader.op == QUANTIZE for reader in readers)
+
+    def _readers(self, node: Node) -> Iterator[Node]:
+        """The nodes that read a node's results, through commuting operators."""
+        seen: set[int] = set()
+        waiting = [reader for tensor in node.outputs for reader in tensor.outputs]
+        while waiting:
+            reader = waiting.pop()
+            if id(reader) in seen:
+                continue
+            seen.add(id(reader))
+            if reader.op in _COMMUTING:
+                waiting += [behind for tensor in reader.outputs for behind in tensor.outputs]
+            else:
+                yield reader

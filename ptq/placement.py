@@ -1,0 +1,344 @@
+"""Where do quantizers go?
+
+Reads the BatchNorm-folded `torch.fx` graph and decides which tensors get a quantizer, which share one, and
+which readers see the quantized value. Nothing is changed here; `fake_quant` carries the plan out. The rules
+are NVIDIA's for explicit quantization: inputs and weights of weighted layers, one operand of every residual
+add (the identity), inputs of average pools, and one scale per tensor however many layers read it.
+"""
+
+import operator
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from ptq.errors import UsageError
+from ptq.records import PlacementPlan, QuantizerSpec
+
+WEIGHTED_LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+_AVERAGE_POOLS = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+_MAX_POOLS = (nn.MaxPool2d,)
+_AVERAGE_POOL_FUNCTIONS = {F.avg_pool2d, F.adaptive_avg_pool2d}
+_MAX_POOL_FUNCTIONS = {F.max_pool2d, torch.max_pool2d}
+_ADDS = {operator.add, torch.add}
+_NON_NEGATIVE_MODULES = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax)
+_NON_NEGATIVE_FUNCTIONS = {
+    F.relu,
+    F.relu6,
+    torch.relu,
+    torch.sigmoid,
+    F.sigmoid,
+    F.hardsigmoid,
+    F.softmax,
+    torch.softmax,
+}
+_NON_NEGATIVE_METHODS = {"relu", "sigmoid", "softmax"}
+_SIGN_KEEPING_FUNCTIONS = {
+    torch.flatten, torch.cat, operator.add, torch.add, operator.mul, torch.mul, operator.getitem, torch.reshape,
+    torch.permute,
+} | _AVERAGE_POOL_FUNCTIONS | _MAX_POOL_FUNCTIONS  # fmt: skip
+_SIGN_KEEPING_METHODS = {"flatten", "view", "reshape", "permute", "transpose", "contiguous", "mean", "add", "mul"}
+
+
+def weight_axis(layer: nn.Module) -> int:
+    """Returns the output-channel axis of a layer's weight: 1 for ConvTranspose, 0 for Conv and Linear."""
+    return 1 if isinstance(layer, nn.ConvTranspose2d) else 0
+
+
+def place_quantizers(
+    module: nn.Module,
+    *,
+    traced: bool,
+    residuals: bool,
+    pools: bool,
+    commuting_pools: bool,
+    first_layer: bool,
+    last_layer: bool,
+    skip_layers: Collection[str],
+) -> PlacementPlan:
+    """Returns where quantizers go in a folded model.
+
+    Args:
+        module: the folded model; a `GraphModule` if `traced`.
+        traced: whether the model could be traced; if not, only weighted layers get quantizers.
+        residuals: quantize the identity operand of residual adds.
+        pools: quantize the inputs of average pools.
+        commuting_pools: put a quantizer before a max pool rather than behind it.
+        first_layer: quantize the first weighted layer.
+        last_layer: quantize the last weighted layer.
+        skip_layers: module names left in float.
+
+    Raises:
+        UsageError: `skip_layers` names a layer that does not exist, or nothing is left to quantize.
+    """
+    layers = _weighted_layers(module, traced)
+    unknown = [name for name in skip_layers if name not in layers]
+    if unknown:
+        raise UsageError(
+            f"quantization.skip_layers names {', '.join(unknown)}; the model has no such layer. Its layers are "
+            f"{', '.join(layers[:6])}, ... ({len(layers)} in all)."
+        )
+    skipped = set(skip_layers)
+    if not first_layer:
+        skipped.add(layers[0])
+    if not last_layer:
+        skipped.add(layers[-1])
+    quantized = [name for name in layers if name not in skipped]
+    if not quantized:
+        raise UsageError("No layer is left to quantize; remove names from quantization.skip_layers.")
+    weights = [
+        QuantizerSpec(
+            name=f"{name}.weight", kind="weight", observed="", axis=weight_axis(module.get_submodule(name)),
+            never_negative=False, readers=(name,),
+        )
+        for name in quantized
+    ]  # fmt: skip
+    if not traced:
+        activations = [
+            QuantizerSpec(name=name, kind="activation", observed=name, axis=None, never_negative=False, readers=(name,))
+            for name in quantized
+        ]
+        warning = "residual adds and pools stay in float: the model could not be traced"
+        return PlacementPlan((*activations, *weights), tuple(quantized), tuple(skipped), 0, 0, False, (warning,))
+    assert isinstance(module, fx.GraphModule)
+    requests = _Requests(module, commuting_pools)
+    for node in module.graph.nodes:
+        if (
+            node.op == "call_module"
+            and node.target in quantized
+            or pools
+            and _is_average_pool(module, node)
+            and not _is_scalar_gate_pool(node)
+        ):
+            requests.ask(_tensor_input(node), node)
+    adds = residual_adds(module)
+    if residuals:
+        for add in adds:
+            requests.ask(identity_operand(module, add), add)
+    return PlacementPlan(
+        quantizers=(*requests.specs(), *weights),
+        quantized_layers=tuple(quantized),
+        float_layers=tuple(name for name in layers if name in skipped),
+        residual_adds=len(adds),
+        quantized_residual_adds=len(adds) if residuals else 0,
+        traced=True,
+        warnings=(),
+    )
+
+
+def _weighted_layers(module: nn.Module, traced: bool) -> list[str]:
+    if traced:
+        assert isinstance(module, fx.GraphModule)
+        names = [
+            str(node.target)
+            for node in module.graph.nodes
+            if node.op == "call_module" and isinstance(module.get_submodule(node.target), WEIGHTED_LAYERS)
+        ]
+        names = list(dict.fromkeys(names))
+    else:
+        # The projections inside nn.MultiheadAttention are read by a fused kernel, never called: leave them alone.
+        inside_attention = {
+            id(child)
+            for attention in module.modules()
+            if isinstance(attention, nn.MultiheadAttention)
+            for child in attention.modules()
+        }
+        names = [
+            name
+            for name, child in module.named_modules()
+            if isinstance(child, WEIGHTED_LAYERS) and id(child) not in inside_attention
+        ]
+    if not names:
+        raise UsageError("The model has no convolution and no linear layer; there is nothing to quantize.")
+    return names
+
+
+def _tensor_input(node: fx.Node) -> fx.Node:
+    source = node.args[0] if node.args else next(iter(node.kwargs.values()))
+    assert isinstance(source, fx.Node)
+    return source
+
+
+def _is_average_pool(module: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return isinstance(module.get_submodule(str(node.target)), _AVERAGE_POOLS)
+    return node.op == "call_function" and node.target in _AVERAGE_POOL_FUNCTIONS
+
+
+def _is_scalar_gate_pool(node: fx.Node) -> bool:
+    """Whether the pool opens a squeeze-and-excitation gate: its input is multiplied again by what follows."""
+    source = _tensor_input(node)
+    return any(user.op == "call_function" and user.target in (operator.mul, torch.mul) for user in source.users)
+
+
+def _is_max_pool(module: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return isinstance(module.get_submodule(str(node.target)), _MAX_POOLS)
+    return node.op == "call_function" and node.target in _MAX_POOL_FUNCTIONS
+
+
+def _is_concat(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target in (torch.cat, torch.concat)
+
+
+def _operands(node: fx.Node) -> list[fx.Node]:
+    return [argument for argument in node.args[:2] if isinstance(argument, fx.Node)]
+
+
+def _is_weighted(module: fx.GraphModule, node: fx.Node) -> bool:
+    return node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), WEIGHTED_LAYERS)
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        for source in pending.pop().all_input_nodes:
+            if source not in found:
+                found.add(source)
+                pending.append(source)
+    return found
+
+
+def residual_adds(module: fx.GraphModule) -> list[fx.Node]:
+    """Returns the additions of two activations that share an ancestor, at least one of them behind a weighted layer."""
+    adds = []
+    for node in module.graph.nodes:
+        is_add = (node.op == "call_function" and node.target in _ADDS) or (
+            node.op == "call_method" and node.target == "add"
+        )
+        operands = _operands(node)
+        if not is_add or len(operands) != 2 or operands[0] is operands[1]:
+            continue
+        if any(operand.op == "get_attr" for operand in operands):
+            continue
+        reach = [_ancestors(operand) | {operand} for operand in operands]
+        shared = reach[0] & reach[1]
+        between = (reach[0] | reach[1]) - shared
+        if shared and any(_is_weighted(module, other) for other in between):
+            adds.append(node)
+    return adds
+
+
+def identity_operand(module: fx.GraphModule, add: fx.Node) -> fx.Node:
+    """Returns the operand of a residual add that is quantized: the identity, or the downsample branch.
+
+    An operand from which the other is computed is the identity. Where both are branches, the one with fewer
+    weighted layers since they parted is the downsample branch; on a tie the one that is not a bare weighted layer.
+    """
+    left, right = _operands(add)
+    left_reach, right_reach = _ancestors(left), _ancestors(right)
+    if left in right_reach:
+        return left
+    if right in left_reach:
+        return right
+    shared = left_reach & right_reach
+
+    def weighted(operand: fx.Node, reach: set[fx.Node]) -> int:
+        return sum(_is_weighted(module, node) for node in (reach | {operand}) - shared)
+
+    left_weighted, right_weighted = weighted(left, left_reach), weighted(right, right_reach)
+    if left_weighted != right_weighted:
+        return left if left_weighted < right_weighted else right
+    return left if not _is_weighted(module, left) else right
+
+
+def is_never_negative(module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the tensor cannot hold a negative value, proved from the operations that make it."""
+    if node.op == "call_module":
+        child = module.get_submodule(str(node.target))
+        if isinstance(child, _NON_NEGATIVE_MODULES):
+            return True
+        keeps_sign = isinstance(child, (*_AVERAGE_POOLS, *_MAX_POOLS, nn.Flatten))
+    elif node.op == "call_function":
+        if node.target in _NON_NEGATIVE_FUNCTIONS:
+            return True
+        keeps_sign = node.target in _SIGN_KEEPING_FUNCTIONS
+    elif node.op == "call_method":
+        if node.target in _NON_NEGATIVE_METHODS:
+            return True
+        keeps_sign = node.target in _SIGN_KEEPING_METHODS
+    else:
+        return False
+    if not keeps_sign:
+        return False
+    numbers = [argument for argument in node.args if isinstance(argument, int | float)]
+    is_arithmetic = node.target in (operator.add, torch.add, operator.mul, torch.mul, "add", "mul")
+    if is_arithmetic and any(number < 0 for number in numbers):
+        return False
+    return all(is_never_negative(module, source) for source in node.all_input_nodes)
+
+
+@dataclass
+class _Group:
+    """One quantizer under construction."""
+
+    tensors: list[fx.Node]
+    observed: fx.Node
+    readers: list[str] = field(default_factory=list)
+
+
+class _Requests:
+    """Collects who wants to read which tensor quantized, one quantizer per tensor."""
+
+    def __init__(self, module: fx.GraphModule, commuting_pools: bool) -> None:
+        self._module = module
+        self._commuting_pools = commuting_pools
+        self._groups: dict[fx.Node, _Group] = {}
+
+    def ask(self, tensor: fx.Node, reader: fx.Node) -> None:
+        """Notes that `reader` is to read `tensor` quantized."""
+        group = self._groups.get(tensor)
+        if group is None:
+            group = _Group(tensors=[tensor], observed=tensor)
+            self._groups[tensor] = group
+        if reader.name not in group.readers:
+            group.readers.append(reader.name)
+
+    def specs(self) -> Iterable[QuantizerSpec]:
+        """Returns the specs in the order of the graph, with quantizers moved before operations that commute."""
+        if self._commuting_pools:
+            for tensor in list(self._groups):
+                self._move_before_max_pool(tensor)
+        for tensor in list(self._groups):
+            self._move_before_concat(tensor)
+        order = {node: position for position, node in enumerate(self._module.graph.nodes)}
+        unique = {id(group): group for group in self._groups.values()}
+        for group in sorted(unique.values(), key=lambda group: order[group.observed]):
+            yield QuantizerSpec(
+                name=group.observed.name,
+                kind="activation",
+                observed=group.observed.name,
+                axis=None,
+                never_negative=all(is_never_negative(self._module, tensor) for tensor in group.tensors),
+                readers=tuple(group.readers),
+                tensors=tuple(tensor.name for tensor in group.tensors),
+            )
+
+    def _move_before_max_pool(self, tensor: fx.Node) -> None:
+        """max(Q(x)) = Q(max(x)): before the pool the quantizer lets it run in INT8."""
+        pool = tensor
+        while _is_max_pool(self._module, pool):
+            source = _tensor_input(pool)
+            if source in self._groups or len(source.users) != 1:
+                return
+            group = self._groups.pop(pool)
+            group.tensors, group.readers = [source], [pool.name]
+            self._groups[source] = group
+            pool = source
+
+    def _move_before_concat(self, tensor: fx.Node) -> None:
+        """The operands of a concat, where nothing else reads them, are quantized with one scale before it."""
+        concat = tensor
+        group = self._groups.get(tensor)
+        if group is None or not _is_concat(concat) or group.tensors != [concat]:
+            return
+        operands = list(concat.all_input_nodes)
+        if any(len(operand.users) != 1 or operand in self._groups for operand in operands):
+            return
+        del self._groups[concat]
+        group.tensors, group.readers = operands, [concat.name]
+        for operand in operands:
+            self._groups[operand] = group

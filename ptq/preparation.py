@@ -1,0 +1,178 @@
+"""How does a checkpoint become what the later stages work on?
+
+Loads the weights into the network, folds it, places quantizers and writes the FP32 graph, the observed graph
+and the Q/DQ template. Which tensors are quantized is decided in `placement`.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from ptq.config import QuantizationConfig
+from ptq.errors import CheckpointError
+from ptq.fake_quant import fake_quant_from_folded, weight_amax
+from ptq.models import (
+    FoldedModel,
+    check_runs,
+    create_model,
+    file_sha256,
+    fold_model,
+    head_size,
+    load_weights_,
+    read_state_dict,
+)
+from ptq.observation import observed_from_folded, observed_names
+from ptq.onnx_graph import HalfPrecision, export_onnx, export_qdq_template
+from ptq.placement import place_quantizers
+from ptq.records import PlacementPlan, record_from_json, to_jsonable
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedModel:
+    """The files of a loaded checkpoint, by the record's field names, and what they are."""
+
+    checkpoint_sha256: str
+    files: Mapping[str, Path]
+    num_classes: int
+    plan: PlacementPlan
+    warnings: tuple[str, ...]
+
+
+def prepare_model(
+    *,
+    name: str,
+    checkpoint: Path,
+    class_count: int,
+    has_named_classes: bool,
+    input_shape: tuple[int, int, int],
+    quantization: QuantizationConfig,
+    directory: Path,
+) -> PreparedModel:
+    """Writes weights, FP32 graph, observed graph and placement plan of a checkpoint into `directory`.
+
+    Args:
+        name: a torchvision classifier or `package.module:factory`.
+        checkpoint: the file with the weights.
+        class_count: classes of the data; with numbered classes the model may have more.
+        has_named_classes: whether the data names its classes, so that their number is the model's.
+        input_shape: (c, h, w).
+        quantization: where quantizers go.
+        directory: an existing folder.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read or does not fit.
+        ExportError: the model cannot run or be exported.
+        UsageError: there is no such network or layer.
+    """
+    state = read_state_dict(checkpoint)
+    num_classes = class_count if has_named_classes else head_size(state)
+    if num_classes < class_count:
+        raise CheckpointError(
+            f"Checkpoint {checkpoint} has {num_classes} outputs, and the data has labels up to {class_count - 1}. "
+            "Expected one output per class; check the manifest's label column and the checkpoint."
+        )
+    folded = folded_from_state(
+        state, name=name, num_classes=num_classes, channels=input_shape[0], source=str(checkpoint)
+    )
+    check_runs(folded.module, input_shape=input_shape, num_classes=num_classes)
+    plan = place_quantizers(
+        folded.module,
+        traced=folded.traced,
+        **quantization.model_dump(exclude={"dialects"}),
+    )
+    files = {
+        "weights": directory / "weights.safetensors",
+        "fp32_onnx": directory / "model_fp32.onnx",
+        "observed_onnx": directory / "model_observed.onnx",
+        "plan": directory / "placement.json",
+    }
+    safetensors.torch.save_file({key: value.contiguous() for key, value in sorted(state.items())}, files["weights"])
+    sha256 = file_sha256(checkpoint)
+    export_onnx(folded.module, files["fp32_onnx"], input_shape=input_shape, metadata={"checkpoint_sha256": sha256})
+    observed = observed_from_folded(folded.module, plan)
+    export_onnx(observed, files["observed_onnx"], input_shape=input_shape, batch_size=1, observed=observed_names(plan))
+    files["plan"].write_text(json.dumps(to_jsonable(plan), indent=1))
+    notes = tuple(note for note in (folded.warning, *plan.warnings) if note)
+    return PreparedModel(sha256, files, num_classes, plan, notes)
+
+
+def folded_from_state(
+    state: Mapping[str, torch.Tensor], *, name: str, num_classes: int, channels: int, source: str
+) -> FoldedModel:
+    """Returns the folded network `name` with the weights `state`; `source` names them in messages."""
+    model = create_model(name, num_classes=num_classes, channels=channels)
+    load_weights_(model, state, name=name, source=source)
+    return fold_model(model)
+
+
+def plan_from_file(path: Path) -> PlacementPlan:
+    """Returns the placement plan that `prepare_model` wrote."""
+    return record_from_json(PlacementPlan, json.loads(path.read_text()))
+
+
+def write_template(
+    path: Path, *, weights: Path, plan: PlacementPlan, name: str, num_classes: int, input_shape: tuple[int, int, int]
+) -> None:
+    """Writes the Q/DQ template of a prepared model: weight scales set, every activation's amax 1.
+
+    Raises:
+        ExportError: the fake-quantized model cannot be exported.
+    """
+    folded = folded_from_state(
+        safetensors.torch.load_file(weights),
+        name=name,
+        num_classes=num_classes,
+        channels=input_shape[0],
+        source=str(weights),
+    )
+    model = fake_quant_from_folded(
+        folded.module,
+        plan,
+        dialect="tensorrt",
+        activation_amax={spec.name: 1.0 for spec in plan.activations},
+        weight_amax=weight_amax(folded.module, plan),
+    )
+    export_qdq_template(model, path, plan=plan, input_shape=input_shape)
+
+
+def write_float_model(
+    path: Path,
+    *,
+    name: str,
+    checkpoint: Path,
+    precision: str,
+    input_shape: tuple[int, int, int],
+    batch_size: int | None,
+) -> None:
+    """Writes a checkpoint as an FP32 or FP16 graph; the FP16 one keeps float32 input and output.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read or does not fit.
+        ExportError: the model cannot run or be exported.
+    """
+    state = read_state_dict(checkpoint)
+    num_classes = head_size(state)
+    folded = folded_from_state(
+        state, name=name, num_classes=num_classes, channels=input_shape[0], source=str(checkpoint)
+    )
+    check_runs(folded.module, input_shape=input_shape, num_classes=num_classes)
+    model = HalfPrecision(folded.module) if precision == "fp16" else folded.module
+    metadata = {"checkpoint_sha256": file_sha256(checkpoint), "precision": precision}
+    export_onnx(model, path, input_shape=input_shape, batch_size=batch_size, metadata=metadata)
+
+
+def checkpoint_digest(checkpoint: Path) -> str:
+    """Returns the SHA-256 of a checkpoint.
+
+    Raises:
+        CheckpointError: there is no such file.
+    """
+    if not checkpoint.is_file():
+        raise CheckpointError(
+            f"Checkpoint {checkpoint} does not exist. Give the path of a .pth, .pt or .safetensors file."
+        )
+    return file_sha256(checkpoint)

@@ -1,0 +1,141 @@
+"""Which tables does a command print?
+
+Verdicts, metrics, findings and measurements as finished tables. How a terminal draws them is the command's
+business; the page of a run is `report`'s.
+"""
+
+from collections.abc import Sequence
+
+from ptq.benchmarking import FileMeasurement
+from ptq.records import GraphChecks, SplitMetrics
+from ptq.tables import Table, fixed, interval_text, percent_change, probability
+from ptq.verdict import Verdict, VerdictMeasurement
+
+CLASSES_SHOWN = 20
+
+
+def tables_of_verdict(verdict: Verdict) -> tuple[Table, ...]:
+    """Returns what a person wants at the end of a run: accuracy, every candidate, speed, what ran in INT8."""
+    return _accuracy(verdict), _trials(verdict), _latency(verdict)
+
+
+def _accuracy(verdict: Verdict) -> Table:
+    best = verdict.best
+    rows = (
+        ("FP32", fixed(verdict.fp32.top1_percent, 2), "", "", ""),
+        (
+            f"INT8, {best.method}, trial {best.trial}",
+            fixed(best.top1_percent, 2),
+            fixed(best.drop_pp, 2, sign=True),
+            interval_text(best.drop_interval_pp),
+            probability(best.mcnemar_p),
+        ),
+    )
+    columns = ("Model", "Top-1, %", "Drop, pp", "95 % interval, pp", "McNemar")
+    return Table(f"{verdict.model} on {verdict.fp32.n_images:,} test images", columns, rows, emphasized=(1,))
+
+
+def _trials(verdict: Verdict) -> Table:
+    trials = sorted({candidate.trial for candidate in verdict.candidates})
+    top1 = {(candidate.method, candidate.trial): candidate.top1_percent for candidate in verdict.candidates}
+    methods = tuple(dict.fromkeys(candidate.method for candidate in verdict.candidates))
+    rows = []
+    for method in methods:
+        marks = [" *" if (method, trial) == (verdict.best.method, verdict.best.trial) else "" for trial in trials]
+        cells = (f"{fixed(top1[method, trial], 2)}{mark}" for trial, mark in zip(trials, marks, strict=True))
+        rows.append((method, *cells))
+    columns = ("Method", *(f"Trial {trial}" for trial in trials))
+    return Table("Top-1 of every candidate, %; * is the chosen one", columns, tuple(rows))
+
+
+def _latency(verdict: Verdict) -> Table:
+    float32 = {item.batch_size: item for item in verdict.benchmark if item.precision == "fp32"}
+    best_float = {
+        size: min(item.latency_ms.median for item in verdict.benchmark if item.batch_size == size and _is_float(item))
+        for size in {item.batch_size for item in verdict.benchmark if _is_float(item)}
+    }
+    rows, slow = [], []
+    for index, item in enumerate(verdict.benchmark):
+        base = float32.get(item.batch_size) if item.precision != "fp32" else None
+        if not _is_float(item) and item.latency_ms.median >= best_float.get(item.batch_size, float("inf")):
+            slow.append(index)
+        rows.append(
+            (
+                item.precision.upper(), str(item.batch_size), fixed(item.latency_ms.median, 3),
+                fixed(item.latency_ms.p99, 3), fixed(item.images_per_s, 1),
+                _change(item.latency_ms.median, base.latency_ms.median if base else None),
+                _change(item.images_per_s, base.images_per_s if base else None),
+            )
+        )  # fmt: skip
+    columns = ("Precision", "Batch", "Median, ms", "p99, ms", "Images/s", "Latency, %", "Throughput, %")
+    title = f"Latency on {verdict.engine.name} {verdict.engine.version}, changes against FP32"
+    int8 = tuple(index for index, item in enumerate(verdict.benchmark) if not _is_float(item))
+    return Table(title, columns, tuple(rows), alarming=tuple(slow), emphasized=int8)
+
+
+def _change(value: float, reference: float | None) -> str:
+    return "ref." if reference is None else percent_change(value, reference)
+
+
+def _is_float(item: VerdictMeasurement) -> bool:
+    return item.precision != "int8"
+
+
+def tables_of_metrics(metrics: SplitMetrics, *, class_names: Sequence[str]) -> tuple[Table, ...]:
+    """Returns loss and accuracy, and for up to 20 classes the confusion matrix with recall and precision."""
+    summary = Table(
+        f"{metrics.images:,} images of {metrics.split}",
+        ("Top-1, %", "Top-5, %", "Loss"),
+        ((fixed(metrics.top1_percent, 2), fixed(metrics.top5_percent, 2), fixed(metrics.loss, 4)),),
+    )
+    if len(metrics.confusion) > CLASSES_SHOWN:
+        return (summary,)
+    names = [*class_names, *(str(index) for index in range(len(class_names), len(metrics.confusion)))]
+    rows = tuple(
+        (name, *(f"{count:,}" for count in row), fixed(recall, 1), fixed(precision, 1))
+        for name, row, recall, precision in zip(
+            names, metrics.confusion, metrics.recall_percent, metrics.precision_percent, strict=True
+        )
+    )
+    columns = ("True class", *names, "Recall, %", "Precision, %")
+    return summary, Table("Confusion matrix: rows are labels, columns predictions", columns, rows)
+
+
+def table_of_checks(checks: GraphChecks) -> Table:
+    """Returns the findings of the graph checks, errors first."""
+    order = {"error": 0, "warning": 1, "info": 2}
+    found = sorted(checks.findings, key=lambda finding: order[finding.severity])
+    rows = tuple((f.severity, f.check, f.node or "whole graph", f.message, f.remedy) for f in found)
+    errors = tuple(index for index, finding in enumerate(found) if finding.severity == "error")
+    return Table(
+        f"Findings in {checks.graph}", ("Severity", "Check", "Node", "Message", "Remedy"), rows, alarming=errors
+    )
+
+
+def table_of_benchmark(results: Sequence[FileMeasurement]) -> Table:
+    """Returns latency and throughput of ONNX files; changes are against the first file of the same batch size."""
+    reference: dict[int, FileMeasurement] = {}
+    rows = []
+    for result in results:
+        item = result.measurement
+        base = reference.setdefault(item.batch_size, result).measurement
+        rows.append(
+            (
+                result.file, item.precision.upper(), str(item.batch_size), fixed(item.median_ms, 3),
+                fixed(item.p90_ms, 3), fixed(item.p99_ms, 3), fixed(item.throughput_images_per_s, 1),
+                "ref." if item is base else percent_change(item.median_ms, base.median_ms),
+                f"{result.int8.int8_input_percent:.0f} / {result.int8.int8_output_percent:.0f}",
+            )
+        )  # fmt: skip
+    columns = (
+        "File",
+        "Precision",
+        "Batch",
+        "Median, ms",
+        "p90, ms",
+        "p99, ms",
+        "Images/s",
+        "Latency, %",
+        "INT8 in / out, %",
+    )
+    return Table("Latency and throughput", columns, tuple(rows))

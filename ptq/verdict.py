@@ -1,0 +1,122 @@
+"""What does `verdict.json` hold?
+
+The one file a program reads after a run, as a pydantic model with a version. Reading with this model is the
+validation; nothing is computed here.
+"""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class VerdictEngine(_Part):
+    """The engine everything was measured on."""
+
+    name: str
+    version: str
+    device: str
+
+
+class VerdictBaseline(_Part):
+    """FP32 on the test split."""
+
+    top1_percent: float
+    n_images: int = Field(ge=1)
+    loss: float
+
+
+class VerdictCandidate(_Part):
+    """One candidate on the test split. `same_as` names the candidate with the identical amax table, or is empty."""
+
+    id: str
+    trial: int
+    method: str
+    top1_percent: float
+    drop_pp: float
+    loss: float
+    same_as: str = ""
+
+
+class VerdictBest(_Part):
+    """The chosen candidate against FP32 on the same images."""
+
+    id: str
+    method: str
+    trial: int
+    top1_percent: float
+    drop_pp: float
+    drop_interval_pp: tuple[float, float]
+    mcnemar_p: float = Field(ge=0, le=1)
+    flipped_images: int = Field(ge=0)
+
+
+class VerdictLatency(_Part):
+    """Latency of one batch, in milliseconds."""
+
+    median: float
+    p90: float
+    p99: float
+
+
+class VerdictMeasurement(_Part):
+    """One precision at one batch size."""
+
+    precision: str
+    batch_size: int
+    latency_ms: VerdictLatency
+    images_per_s: float
+
+
+class VerdictInt8(_Part):
+    """What ran in INT8."""
+
+    conv_int8_input_percent: float
+    conv_int8_output_percent: float
+    reformats: int
+
+
+class VerdictGraphChecks(_Part):
+    """Number of findings."""
+
+    errors: int
+    warnings: int
+
+
+class VerdictGate(_Part):
+    """The decision and its reasons."""
+
+    accepted: bool
+    reasons: tuple[str, ...]
+
+
+class VerdictFile(_Part):
+    """A file of the run in the store."""
+
+    uri: str
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    size_bytes: int = Field(ge=0)
+
+
+class Verdict(_Part):
+    """The whole file. `schema` is its version."""
+
+    schema_version: int = Field(1, alias="schema", ge=1, le=1)
+    run_id: str
+    model: str
+    checkpoint_sha256: str
+    config_sha256: str
+    engine: VerdictEngine
+    fp32: VerdictBaseline
+    candidates: tuple[VerdictCandidate, ...] = Field(min_length=1)
+    best: VerdictBest
+    benchmark: tuple[VerdictMeasurement, ...]
+    int8: VerdictInt8
+    graph_checks: VerdictGraphChecks
+    gate: VerdictGate
+    files: dict[str, VerdictFile]
+    versions: dict[str, str]
+    stage_seconds: dict[str, float]
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)

@@ -1,0 +1,1 @@
+"""One stage each, as Prefect tasks: inputs in, one core call, outputs stored."""

@@ -1,0 +1,36 @@
+"""The stage that chooses amax: one task per trial and method."""
+
+import json
+
+from ptq.calibration import amax_table
+from ptq.config import Dialect, Method
+from ptq.histogram import trials_from_bytes
+from ptq.preparation import plan_from_file
+from ptq.records import AmaxRecord, ModelRecord, StatisticsRecord
+from ptq.store import open_store
+from tasks.stage import RunContext, stage
+
+
+@stage(returns=AmaxRecord, timeout_seconds=None, run_name="compute_amax-{method}-{trial}")
+def compute_amax(
+    statistics: StatisticsRecord,
+    model: ModelRecord,
+    trial: int,
+    method: Method,
+    *,
+    percentile: float,
+    dialect: Dialect,
+    run: RunContext,
+) -> AmaxRecord:
+    """Compute the amax of every activation quantizer for one trial by one method."""
+    store = open_store(run.store_uri)
+    trials = trials_from_bytes(store.get_bytes(statistics.histograms))
+    table = amax_table(
+        trials[trial],
+        plan=plan_from_file(store.get_path(model.plan)),
+        dialect=dialect,
+        method=method,
+        percentile=percentile,
+    )
+    data = json.dumps(table, indent=1, sort_keys=True).encode()
+    return AmaxRecord(trial=trial, method=method, table=store.put_bytes(data, "amax.json"))

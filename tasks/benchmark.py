@@ -1,0 +1,44 @@
+"""The stage that measures latency and throughput."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from prefect.logging import get_run_logger
+
+from ptq.benchmarking import LoadedEngine, measure_engines
+from ptq.config import BenchmarkConfig
+from ptq.records import BenchmarkRecord, EngineRecord
+from ptq.store import open_store
+from tasks.stage import RunContext, stage
+
+
+@stage(returns=BenchmarkRecord, timeout_seconds=4 * 3600)
+def benchmark(
+    engines: Sequence[EngineRecord],
+    config: BenchmarkConfig,
+    *,
+    threads: int,
+    float_remainder: Literal["fp32", "bf16"],
+    input_shape: tuple[int, int, int],
+    run: RunContext,
+) -> BenchmarkRecord:
+    """Measure every built engine, precisions interleaved, on the machine this runs on."""
+    store = open_store(run.store_uri)
+    record = measure_engines(
+        [LoadedEngine(record, store.get_path(record.blob)) for record in engines],
+        threads=threads,
+        float_remainder=float_remainder,
+        input_shape=input_shape,
+        warmup_ms=config.warmup_ms,
+        duration_s=config.duration_s,
+        min_iterations=config.min_iterations,
+        rounds=config.rounds,
+    )
+    for measured in record.measurements:
+        get_run_logger().info(
+            "%s batch %d: median %.3f ms, %.0f images/s",
+            measured.precision, measured.batch_size, measured.median_ms, measured.throughput_images_per_s,
+        )  # fmt: skip
+    for warning in record.warnings:
+        get_run_logger().warning(warning)
+    return record

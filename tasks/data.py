@@ -1,0 +1,83 @@
+"""Stages that turn files into indexed, drawn and decoded images."""
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+from prefect.logging import get_run_logger
+
+from ptq import datasets
+from ptq.config import CalibrationConfig, PreprocessingConfig
+from ptq.evaluation import npy_from_array
+from ptq.records import CalibrationDraws, DataRecord, PreparedImages
+from ptq.store import Store, open_store
+from tasks.progress import progress_logger
+from tasks.stage import RunContext, stage
+
+
+@stage(returns=DataRecord, timeout_seconds=3600, reads=lambda path: datasets.listing_fingerprint(path))
+def index_images(
+    path: str, *, calibration_split: str, selection_split: str, test_split: str, run: RunContext
+) -> DataRecord:
+    """Index the images at `path`: label, split and SHA-256 of every file."""
+    index = datasets.index_images(
+        path, calibration_split=calibration_split, selection_split=selection_split, test_split=test_split,
+        progress=progress_logger("Indexed images"),
+    )  # fmt: skip
+    for warning in index.warnings:
+        get_run_logger().warning(warning)
+    return DataRecord(
+        table=open_store(run.store_uri).put_bytes(datasets.parquet_from_index(index), "images.parquet"),
+        root=str(index.root),
+        class_names=index.class_names,
+        has_named_classes=index.has_named_classes,
+        splits=index.splits,
+        duplicates_across_splits=index.duplicates_across_splits,
+    )
+
+
+@stage(returns=PreparedImages, timeout_seconds=7200, run_name="prepare_split-{split}")
+def prepare_split(
+    data: DataRecord, split: str, preprocessing: PreprocessingConfig, *, run: RunContext
+) -> PreparedImages:
+    """Decode, resize and crop every image of a split."""
+    store = open_store(run.store_uri)
+    rows = datasets.rows_of_split(store.get_path(data.table), split)
+    return _prepare(store, data, rows, preprocessing, what=f"Decoded {split} images")
+
+
+@stage(returns=CalibrationDraws, timeout_seconds=7200)
+def draw_calibration_images(
+    data: DataRecord,
+    calibration: CalibrationConfig,
+    preprocessing: PreprocessingConfig,
+    *,
+    split: str,
+    evaluated_splits: Sequence[str],
+    run: RunContext,
+) -> CalibrationDraws:
+    """Draw the calibration images of every trial and decode each of them once."""
+    store = open_store(run.store_uri)
+    table = store.get_path(data.table)
+    drawn = datasets.draw_trials(
+        table, split=split, evaluated_splits=evaluated_splits, images=calibration.images, trials=calibration.trials,
+        seed=calibration.seed, class_names=data.class_names,
+    )  # fmt: skip
+    for warning in drawn.warnings:
+        get_run_logger().warning(warning)
+    prepared = _prepare(store, data, drawn.rows, preprocessing, what="Decoded calibration images")
+    return CalibrationDraws(prepared=prepared, indices=drawn.indices, warnings=drawn.warnings)
+
+
+def _prepare(
+    store: Store, data: DataRecord, rows: Sequence[datasets.ImageRow], preprocessing: PreprocessingConfig, *, what: str
+) -> PreparedImages:
+    pixels = datasets.decode_rows(rows, root=data.root, preprocessing=preprocessing, progress=progress_logger(what))
+    labels = np.array([row.label for row in rows], dtype=np.int64)
+    files = json.dumps([[row.path, row.sha256] for row in rows])
+    return PreparedImages(
+        pixels=store.put_bytes(npy_from_array(pixels), "pixels.npy"),
+        labels=store.put_bytes(npy_from_array(labels), "labels.npy"),
+        images=len(rows),
+        sha256_of_files=store.put_bytes(files.encode(), "files.json"),
+    )

@@ -1,0 +1,53 @@
+"""Stages that export the Q/DQ graph once and write candidates from it."""
+
+import json
+import tempfile
+from pathlib import Path
+
+from prefect.logging import get_run_logger
+
+from ptq.config import Dialect
+from ptq.onnx_graph import write_candidate
+from ptq.preparation import plan_from_file, write_template
+from ptq.records import AmaxRecord, ArtifactRef, GraphRecord, ModelRecord
+from ptq.store import open_store
+from tasks.stage import RunContext, stage
+
+
+@stage(returns=ArtifactRef, timeout_seconds=1800)
+def export_qdq(model: ModelRecord, *, run: RunContext) -> ArtifactRef:
+    """Export the fake-quantized model as the Q/DQ template of every candidate."""
+    store = open_store(run.store_uri)
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "template.onnx"
+        write_template(
+            path,
+            weights=store.get_path(model.weights),
+            plan=plan_from_file(store.get_path(model.plan)),
+            name=model.name,
+            num_classes=model.num_classes,
+            input_shape=model.input_shape,
+        )
+        template = store.put_file(path)
+    get_run_logger().info("Exported the Q/DQ template, %d bytes", template.size_bytes)
+    return template
+
+
+@stage(returns=GraphRecord, timeout_seconds=600, run_name="write_graph-{dialect}")
+def write_graph(
+    model: ModelRecord, template: ArtifactRef, amax: AmaxRecord, *, dialect: Dialect, name: str, run: RunContext
+) -> GraphRecord:
+    """Write the Q/DQ graph of one amax table in one dialect."""
+    store = open_store(run.store_uri)
+    plan = plan_from_file(store.get_path(model.plan))
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / name
+        write_candidate(
+            store.get_path(template),
+            path,
+            plan=plan,
+            dialect=dialect,
+            activation_amax=json.loads(store.get_bytes(amax.table)),
+            metadata={"checkpoint_sha256": model.checkpoint_sha256, "method": amax.method, "trial": str(amax.trial)},
+        )
+        return GraphRecord(onnx=store.put_file(path), dialect=dialect, quantizers=len(plan.quantizers))

@@ -1,0 +1,93 @@
+"""Stages that decide on a model, publish it and tell people about it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from prefect import task
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.logging import get_run_logger
+
+from ptq import gate
+from ptq.config import GateConfig, PtqConfig
+from ptq.delivery import build_report, check_output_directory, deliver
+from ptq.records import (
+    ArtifactRef,
+    BenchmarkRecord,
+    GateDecision,
+    GraphChecks,
+    GraphRecord,
+    ModelRecord,
+    Publication,
+    RunFindings,
+    RunResult,
+    Selection,
+)
+from ptq.store import open_store
+from tasks.stage import RunContext, stage
+
+
+@task(timeout_seconds=60, cache_policy=NO_CACHE)
+def check_destinations(config: PtqConfig) -> None:
+    """Make sure that the store and the output folder can be written before anything is computed."""
+    store = open_store(config.output.store)
+    check_output_directory(Path(config.output.directory))
+    get_run_logger().info("Store %s, output folder %s", store.uri, Path(config.output.directory).absolute())
+
+
+@stage(returns=GateDecision, timeout_seconds=60)
+def decide(
+    selection: Selection,
+    benchmark: BenchmarkRecord,
+    checks: Sequence[GraphChecks],
+    config: GateConfig,
+    *,
+    run: RunContext,
+) -> GateDecision:
+    """Accept or reject the chosen candidate."""
+    decision = gate.decide(
+        comparison=selection.comparison,
+        benchmark=benchmark,
+        graph_errors=sum(check.errors for check in checks),
+        max_drop_pp=config.max_drop_pp,
+        min_speedup_fp32=config.min_speedup_fp32,
+        min_speedup_fp16=config.min_speedup_fp16,
+    )
+    log = get_run_logger().info if decision.accepted else get_run_logger().warning
+    log("%s: %s", "Accepted" if decision.accepted else "Rejected", " ".join(decision.reasons))
+    return decision
+
+
+@task(timeout_seconds=300, cache_policy=NO_CACHE)
+def publish(
+    model: ModelRecord, graph: GraphRecord, selection: Selection, *, name: str, config_sha256: str, run: RunContext
+) -> Publication:
+    """Move `models/<name>/latest.json` to the accepted graph; a graph that is latest already stays."""
+    version = graph.onnx.sha256[:16]
+    entry = {
+        "run_id": run.run_id, "onnx_sha256": graph.onnx.sha256, "onnx_size_bytes": graph.onnx.size_bytes,
+        "dialect": graph.dialect, "checkpoint_sha256": model.checkpoint_sha256, "config_sha256": config_sha256,
+        "method": selection.method, "trial": selection.trial, "drop_pp": selection.comparison.drop_pp,
+    }  # fmt: skip
+    replaced = open_store(run.store_uri).publish(name, version, entry)
+    get_run_logger().info("Published %s version %s, replacing %s", name, version, replaced or "nothing")
+    return Publication(published=True, model=name, version=version, replaced=replaced)
+
+
+@task(timeout_seconds=600, cache_policy=NO_CACHE)
+def write_report(config: PtqConfig, findings: RunFindings, *, run: RunContext) -> RunResult:
+    """Write verdict, report, tables and graphs into the output folder and show them on the run's page."""
+    store = open_store(run.store_uri)
+    report = build_report(store, config, findings, run_id=run.run_id)
+    verdict: ArtifactRef = deliver(store, config, findings, report)
+    create_markdown_artifact(key="ptq-verdict", markdown=report.page_markdown, description="Verdict and report")
+    create_table_artifact(key="ptq-results", table=report.result_rows, description="One row per candidate")
+    create_table_artifact(key="ptq-graph-checks", table=report.check_rows, description="Findings of the graph checks")
+    get_run_logger().info(report.sentence)
+    return RunResult(
+        run_id=run.run_id,
+        accepted=findings.decision.accepted,
+        reasons=findings.decision.reasons,
+        output_directory=str(Path(config.output.directory).absolute()),
+        verdict=verdict,
+    )

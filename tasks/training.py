@@ -1,0 +1,56 @@
+"""The stage that trains an FP32 classifier."""
+
+import tempfile
+from pathlib import Path
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.logging import get_run_logger
+
+from ptq.config import TrainingConfig
+from ptq.records import DataRecord, PreparedImages, TrainingRecord
+from ptq.store import open_store, write_file
+from ptq.training_run import initial_checkpoint_digest, train_from_files
+from tasks.progress import progress_logger
+from tasks.stage import RunContext, stage
+
+
+@stage(
+    returns=TrainingRecord,
+    timeout_seconds=7 * 24 * 3600,
+    ignore=("threads",),
+    reads=lambda config: initial_checkpoint_digest(config.checkpoint),
+)
+def train_classifier(
+    config: TrainingConfig,
+    data: DataRecord,
+    train: PreparedImages,
+    held_out: PreparedImages | None,
+    *,
+    threads: int,
+    run: RunContext,
+) -> TrainingRecord:
+    """Train an FP32 classifier on the calibration split, watching the selection split."""
+    store = open_store(run.store_uri)
+    advance = progress_logger("Epochs")
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / Path(config.output).name
+        result = train_from_files(
+            config,
+            class_count=len(data.class_names),
+            train=(store.get_path(train.pixels), store.get_path(train.labels)),
+            held_out=(store.get_path(held_out.pixels), store.get_path(held_out.labels)) if held_out else None,
+            threads=threads,
+            output=path,
+            progress=lambda epoch: advance(epoch, config.epochs),
+        )
+        checkpoint = store.put_file(path)
+    get_run_logger().info("Trained %s: top-1 %s on the held-out images", config.model, result)
+    return TrainingRecord(checkpoint=checkpoint, held_out_top1_percent=result)
+
+
+@task(timeout_seconds=600, cache_policy=NO_CACHE)
+def deliver_checkpoint(record: TrainingRecord, output: str, *, run: RunContext) -> None:
+    """Write the trained checkpoint to its output file, complete or not at all."""
+    write_file(Path(output), open_store(run.store_uri).get_bytes(record.checkpoint))
+    get_run_logger().info("Wrote %s, %d bytes", output, record.checkpoint.size_bytes)

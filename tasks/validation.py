@@ -1,0 +1,25 @@
+"""The stage that checks a Q/DQ graph."""
+
+from prefect.logging import get_run_logger
+
+from ptq.graph_checks import check_graph
+from ptq.preparation import plan_from_file
+from ptq.records import GraphChecks, GraphRecord, ModelRecord
+from ptq.store import open_store
+from tasks.stage import RunContext, stage
+
+
+@stage(returns=GraphChecks, timeout_seconds=600, run_name="validate_graph-{graph.dialect}")
+def validate_graph(model: ModelRecord, graph: GraphRecord, *, run: RunContext) -> GraphChecks:
+    """Check coverage, scales, placement and interface of a Q/DQ graph."""
+    store = open_store(run.store_uri)
+    plan = plan_from_file(store.get_path(model.plan))
+    checks = check_graph(
+        store.get_path(graph.onnx),
+        dialect=graph.dialect,
+        allowed_float_layers=plan.float_layers,
+        input_shape=model.input_shape,
+        num_classes=model.num_classes,
+    )
+    get_run_logger().info("%d checks: %d errors, %d warnings", len(checks.checks_run), checks.errors, checks.warnings)
+    return checks

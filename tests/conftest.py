@@ -1,0 +1,60 @@
+"""Fixtures that several folders of tests share."""
+
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+# Before Prefect is imported: nothing phones home, and a busy machine may take its time to start the server.
+os.environ.setdefault("DO_NOT_TRACK", "1")
+os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+
+
+@pytest.fixture(scope="session")
+def prefect_backend(tmp_path_factory):
+    """A Prefect server for the session, with a database and a result folder of its own."""
+    from prefect.settings import (
+        PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
+        PREFECT_LOCAL_STORAGE_PATH,
+        PREFECT_LOGGING_TO_API_ENABLED,
+        temporary_settings,
+    )
+    from prefect.testing.utilities import prefect_test_harness
+
+    with (
+        prefect_test_harness(server_startup_timeout=120),
+        temporary_settings(
+            {
+                PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None,
+                PREFECT_LOGGING_TO_API_ENABLED: False,
+                PREFECT_LOCAL_STORAGE_PATH: tmp_path_factory.mktemp("results"),
+            }
+        ),
+    ):
+        yield
+
+
+def draw_class(label, index):
+    """A 24 x 24 picture of class `label`: noise, with a bright quarter that tells the class."""
+    generator = np.random.default_rng(1000 * label + index)
+    pixels = generator.integers(0, 120, (24, 24, 3), dtype=np.uint8)
+    row, column = divmod(label, 2)
+    pixels[12 * row : 12 * row + 12, 12 * column : 12 * column + 12] += 100
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """An image folder with four classes: 24 training, 8 selection and 12 test images each."""
+    root = tmp_path_factory.mktemp("images")
+    start = 0
+    for split, count in (("train", 24), ("val", 8), ("test", 12)):
+        for label, name in enumerate(("north-east", "north-west", "south-east", "south-west")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                draw_class(label, start + index).save(folder / f"{index:03d}.png")
+        start += count
+    return root

@@ -1,0 +1,154 @@
+import json
+
+import networks
+import numpy as np
+import polars
+import pytest
+import torch
+
+from flows.quantize_model import quantize_model
+from ptq.config import PtqConfig
+from ptq.store import open_store
+from ptq.verdict import Verdict
+
+pytestmark = pytest.mark.usefixtures("prefect_backend")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint") / "small.pth"
+    torch.save(networks.small_resnet().state_dict(), path)
+    return path
+
+
+def config_of(checkpoint, images, directory, **sections):
+    content = {
+        "model": {"name": "networks:SmallResNet", "checkpoint": str(checkpoint), "publish_as": "small"},
+        "data": {"path": str(images), "preprocessing": {"resize": 24, "crop": 24}},
+        "calibration": {"trials": 2, "images": 16},
+        "engine": {"name": "openvino", "threads": 1},
+        "benchmark": {"batch_sizes": [1, 4], "duration_s": 0.05, "warmup_ms": 1.0, "rounds": 2},
+        # Four classes and random weights: neither accuracy nor speed is what these tests are about.
+        "gate": {"max_drop_pp": 100, "min_speedup_fp32": 0.0},
+        "output": {"store": f"file://{directory / 'store'}", "directory": str(directory / "output")},
+    }
+    for name, section in sections.items():
+        content[name] = {**content.get(name, {}), **section}
+    return PtqConfig.model_validate(content)
+
+
+@pytest.fixture(scope="module")
+def finished(prefect_backend, checkpoint, image_folder, tmp_path_factory):
+    """One run, its folder and its result."""
+    directory = tmp_path_factory.mktemp("run")
+    config = config_of(checkpoint, image_folder, directory, quantization={"dialects": ["cpu", "tensorrt"]})
+    return config, directory, quantize_model(config)
+
+
+def verdict_in(directory):
+    return Verdict.model_validate_json((directory / "output" / "verdict.json").read_bytes())
+
+
+def test_a_run_leaves_every_promised_file(finished):
+    _, directory, result = finished
+    assert result.accepted
+    found = {path.name for path in (directory / "output").iterdir()}
+    assert found == {
+        "verdict.json", "report.html", "report.md", "results.parquet", "predictions.parquet", "boxplot.png",
+        "model_fp32.onnx", "model_int8.onnx", "model_int8_tensorrt.onnx", "engines", "graph_checks.json",
+        "benchmark.parquet",
+    }  # fmt: skip
+    assert len(list((directory / "output" / "engines").iterdir())) >= 4
+
+
+def test_the_verdict_names_every_trial_and_method_and_agrees_with_the_tables(finished):
+    _, directory, _ = finished
+    verdict = verdict_in(directory)
+    assert len(verdict.candidates) == 8
+    assert verdict.fp32.n_images == 48
+    rows = polars.read_parquet(directory / "output" / "results.parquet")
+    assert rows["id"].to_list() == [candidate.id for candidate in verdict.candidates]
+    assert rows.filter(polars.col("chosen"))["id"].to_list() == [verdict.best.id]
+    assert verdict.graph_checks.errors == 0
+    assert verdict.int8.conv_int8_input_percent == 100
+
+
+def test_predictions_are_enough_to_compute_the_accuracy_again(finished):
+    _, directory, _ = finished
+    verdict = verdict_in(directory)
+    table = polars.read_parquet(directory / "output" / "predictions.parquet")
+    test = table.filter((polars.col("candidate") == "fp32") & (polars.col("split") == "test"))
+    assert 100 * np.mean(test["prediction"].to_numpy() == test["label"].to_numpy()) == pytest.approx(
+        verdict.fp32.top1_percent
+    )
+
+
+def test_every_file_of_the_verdict_is_in_the_store(finished):
+    config, directory, _ = finished
+    store = open_store(config.output.store)
+    for name, file in verdict_in(directory).files.items():
+        path = store.root / "objects" / file.sha256[:2] / file.sha256
+        assert path.stat().st_size == file.size_bytes, name
+
+
+def test_an_accepted_model_is_published(finished):
+    config, directory, _ = finished
+    latest = open_store(config.output.store).latest("small")
+    assert latest["onnx_sha256"] == verdict_in(directory).files["model_int8.onnx"].sha256
+
+
+def test_a_second_run_computes_nothing_and_ends_with_the_same_model(finished, checkpoint, image_folder):
+    config, directory, _ = finished
+    before = verdict_in(directory)
+    result = quantize_model(config)
+    notes = open_store(config.output.store).run_stages(result.run_id)
+    assert len(notes) >= 15
+    assert {note["cached"] for note in notes} == {True}
+    after = verdict_in(directory)
+    assert after.files["model_int8.onnx"] == before.files["model_int8.onnx"]
+    assert after.candidates == before.candidates
+    assert after.best == before.best
+
+
+def test_a_changed_percentile_repeats_only_what_depends_on_it(finished, checkpoint, image_folder):
+    config, _, _ = finished
+    changed = config.model_copy(update={"calibration": config.calibration.model_copy(update={"percentile": 99.0})})
+    result = quantize_model(changed)
+    computed = {
+        note["stage"] for note in open_store(config.output.store).run_stages(result.run_id) if not note["cached"]
+    }
+    assert "compute_amax" in computed
+    assert not computed & {"index_images", "prepare_split", "replace_modules", "collect_statistics", "export_qdq"}
+
+
+def test_a_rejected_model_is_not_published_and_the_previous_one_stays(finished, checkpoint, image_folder):
+    config, directory, _ = finished
+    before = open_store(config.output.store).latest("small")
+    strict = config.model_copy(update={"gate": config.gate.model_copy(update={"min_speedup_fp32": 1000.0})})
+    result = quantize_model(strict)
+    assert not result.accepted
+    assert "1000" in result.reasons[0] or "1,000" in result.reasons[0]
+    assert open_store(config.output.store).latest("small") == before
+    assert verdict_in(directory).gate.accepted is False
+
+
+def test_the_page_of_the_run_shows_verdict_results_and_checks(finished):
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        artifacts = {artifact.key: artifact for artifact in client.read_artifacts()}
+    assert {"ptq-verdict", "ptq-results", "ptq-graph-checks"} <= set(artifacts)
+    assert "data:image/png;base64," in artifacts["ptq-verdict"].data
+    assert len(json.loads(artifacts["ptq-results"].data)) == 8
+
+
+def test_without_a_selection_split_the_verdict_says_so(checkpoint, image_folder, tmp_path):
+    config = config_of(
+        checkpoint, image_folder, tmp_path, data={"selection_split": "none"},
+        calibration={"methods": ["max"], "trials": 1}, benchmark={"batch_sizes": [1]},
+    )  # fmt: skip
+    quantize_model(config)
+    assert (
+        "same images" in (tmp_path / "output" / "report.md").read_text()
+        or "one split" in (tmp_path / "output" / "report.md").read_text()
+    )

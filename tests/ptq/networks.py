@@ -1,0 +1,77 @@
+"""Small networks that tests of several files use."""
+
+import torch
+from torch import nn
+
+
+class ResidualBlock(nn.Module):
+    """conv-bn-relu-conv-bn plus identity or downsample, as in a ResNet."""
+
+    def __init__(self, inputs, outputs, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = (
+            nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs))
+            if stride != 1
+            else None
+        )
+
+    def forward(self, x):
+        identity = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += identity
+        return self.relu(out)
+
+
+class SmallResNet(nn.Module):
+    """Stem with max pool, one identity block, one downsample block, average pool, linear layer."""
+
+    def __init__(self, num_classes=4, channels=3):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 8, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(2)
+        self.block1 = ResidualBlock(8, 8, 1)
+        self.block2 = ResidualBlock(8, 16, 2)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(16, num_classes)
+
+    def forward(self, x):
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.avgpool(self.block2(self.block1(x)))
+        return self.fc(torch.flatten(x, 1))
+
+
+class Untraceable(nn.Module):
+    """Its forward branches on data, which torch.fx cannot follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.conv(x))
+        if x.shape[0] > 0 and x.sum() > -1:
+            x = x * 1.0
+        return self.fc(x.mean((2, 3)))
+
+
+def small_resnet(seed=0, **options):
+    """A SmallResNet in eval() whose BatchNorm statistics are not the initial ones."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = SmallResNet(**options)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.2)
+                module.running_var.uniform_(0.5, 1.5)
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias, 0, 0.1)
+    return model.eval()

@@ -1,0 +1,124 @@
+import pytest
+import torch
+from networks import SmallResNet, small_resnet
+from safetensors.torch import save_file
+from torch import nn
+
+from ptq.errors import CheckpointError, ExportError, UsageError
+from ptq.models import check_runs, create_model, fold_model, head_size, load_weights_, read_state_dict
+
+IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def test_folding_leaves_no_batchnorm_and_the_same_logits():
+    model = small_resnet()
+    folded = fold_model(model)
+    assert folded.traced
+    assert not [module for module in folded.module.modules() if isinstance(module, nn.BatchNorm2d)]
+    # Folding multiplies weights instead of activations: the same up to float rounding.
+    torch.testing.assert_close(folded.module(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-5)
+
+
+def test_folding_does_not_change_the_model():
+    model = small_resnet()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    fold_model(model)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_one_channel_stem_replaces_the_first_convolution():
+    model = create_model("resnet18", num_classes=2, channels=1)
+    assert model.conv1.weight.shape == (64, 1, 7, 7)
+    assert model.conv1.bias is None
+    assert model.fc.out_features == 2
+
+
+def test_weights_are_the_same_for_the_same_seed_and_leave_the_generator_alone():
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+    first = create_model("resnet18", num_classes=2, channels=1, seed=5)
+    assert torch.equal(torch.rand(1), expected)
+    second = create_model("resnet18", num_classes=2, channels=1, seed=5)
+    assert torch.equal(first.conv1.weight, second.conv1.weight)
+
+
+def test_an_unknown_network_names_some_that_are_close():
+    with pytest.raises(UsageError, match="'resnet51'; torchvision has no such classifier.*resnet50"):
+        create_model("resnet51", num_classes=2, channels=3)
+
+
+def test_a_factory_of_ones_own_is_imported():
+    assert isinstance(create_model("networks:SmallResNet", num_classes=7, channels=3), SmallResNet)
+
+
+def test_a_factory_that_is_not_there_says_so():
+    with pytest.raises(UsageError, match="networks:Missing.*cannot be imported"):
+        create_model("networks:Missing", num_classes=7, channels=3)
+
+
+@pytest.mark.parametrize("key", [None, "model_state_dict", "state_dict", "model"])
+def test_a_state_dict_is_found_plain_or_under_the_usual_keys(tmp_path, key):
+    state = {f"module.{name}": value for name, value in small_resnet().state_dict().items()}
+    torch.save(state if key is None else {key: state, "epoch": 3}, tmp_path / "a.pth")
+    assert set(read_state_dict(tmp_path / "a.pth")) == set(small_resnet().state_dict())
+
+
+def test_safetensors_and_half_precision_become_float32(tmp_path):
+    save_file({"fc.weight": torch.ones(2, 2, dtype=torch.float16)}, tmp_path / "a.safetensors")
+    assert read_state_dict(tmp_path / "a.safetensors")["fc.weight"].dtype == torch.float32
+
+
+def test_a_missing_checkpoint_says_so(tmp_path):
+    with pytest.raises(CheckpointError, match=r"none\.pth does not exist"):
+        read_state_dict(tmp_path / "none.pth")
+
+
+def test_a_pickled_model_is_refused_without_running_it(tmp_path):
+    torch.save(small_resnet(), tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="no weights that can be read safely"):
+        read_state_dict(tmp_path / "a.pth")
+
+
+def test_a_pickle_of_something_else_says_what_it_holds(tmp_path):
+    torch.save({"epoch": 3, "loss": [1.0]}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"holds a dict with the keys \['epoch', 'loss'\], not a state dict"):
+        read_state_dict(tmp_path / "a.pth")
+
+
+def test_rubbish_is_no_checkpoint(tmp_path):
+    (tmp_path / "a.pth").write_bytes(b"not a checkpoint")
+    with pytest.raises(CheckpointError, match=r"a\.pth \(16 bytes\) holds no weights"):
+        read_state_dict(tmp_path / "a.pth")
+
+
+def test_weights_of_another_network_name_the_first_differing_keys():
+    state = create_model("mobilenet_v2", num_classes=4, channels=3).state_dict()
+    with pytest.raises(CheckpointError, match=r"lacks \d+ keys \(conv1\.weight.*unknown keys \(features\.0\.0\.weight"):
+        load_weights_(create_model("resnet18", num_classes=4, channels=3), state, name="resnet18", source="m.pth")
+
+
+def test_weights_for_other_classes_name_the_head():
+    with pytest.raises(CheckpointError, match=r"fc\.weight is \(4, 16\), the model has \(7, 16\)"):
+        load_weights_(SmallResNet(num_classes=7), SmallResNet(4).state_dict(), name="small", source="m.pth")
+
+
+def test_weights_that_are_not_finite_are_refused():
+    state = small_resnet().state_dict()
+    state["fc.bias"] = torch.tensor([1.0, float("nan"), 0, 0])
+    with pytest.raises(CheckpointError, match=r"NaN or infinity in 1 tensors \(fc\.bias\)"):
+        load_weights_(small_resnet(), state, name="small", source="m.pth")
+
+
+def test_the_head_gives_the_number_of_classes():
+    assert head_size(small_resnet(num_classes=9).state_dict()) == 9
+
+
+def test_a_model_that_cannot_read_the_image_says_what_to_check():
+    with pytest.raises(ExportError, match=r"cannot read an image of shape \(1, 16, 16\).*Check crop and channels"):
+        check_runs(small_resnet(), input_shape=(1, 16, 16), num_classes=4)
+
+
+def test_a_model_with_other_outputs_is_no_classifier():
+    with pytest.raises(ExportError, match=r"returns \(1, 4\) for one image; expected \(1, 5\)"):
+        check_runs(small_resnet(), input_shape=(3, 16, 16), num_classes=5)

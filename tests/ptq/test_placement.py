@@ -1,0 +1,146 @@
+import pytest
+import torch
+from networks import Untraceable, small_resnet
+from torch import fx, nn
+
+from ptq.errors import UsageError
+from ptq.models import create_model, fold_model
+from ptq.placement import identity_operand, is_never_negative, place_quantizers, residual_adds
+
+ALL = {
+    "residuals": True, "pools": True, "commuting_pools": True, "first_layer": True, "last_layer": True,
+    "skip_layers": (),
+}  # fmt: skip
+
+
+def plan_of(model, **options):
+    folded = fold_model(model)
+    return place_quantizers(folded.module, traced=folded.traced, **{**ALL, **options})
+
+
+def spec(plan, name):
+    return next(quantizer for quantizer in plan.quantizers if quantizer.name == name)
+
+
+def test_every_layer_of_a_resnet_reads_quantized_input_and_weight():
+    plan = plan_of(small_resnet())
+    assert set(plan.quantized_layers) == {
+        "conv1", "block1.conv1", "block1.conv2", "block2.conv1", "block2.conv2", "block2.downsample.0", "fc",
+    }  # fmt: skip
+    assert {weight.readers[0] for weight in plan.weights} == set(plan.quantized_layers)
+
+
+def test_the_identity_of_a_residual_add_shares_the_quantizer_of_the_convolution_beside_it():
+    plan = plan_of(small_resnet())
+    assert spec(plan, "maxpool").readers == ("maxpool",)
+    assert spec(plan, "maxpool").tensors == ("relu",)
+
+
+def test_the_downsample_branch_is_quantized_and_the_other_stays_bare():
+    plan = plan_of(small_resnet())
+    quantized = {tensor for activation in plan.activations for tensor in activation.tensors}
+    assert "block2_downsample_0" in quantized
+    assert "block2_conv2" not in quantized
+    assert (plan.residual_adds, plan.quantized_residual_adds) == (2, 2)
+
+
+def test_without_residuals_no_add_has_a_quantized_operand():
+    plan = plan_of(small_resnet(), residuals=False)
+    assert plan.quantized_residual_adds == 0
+    assert "block2_downsample_0" not in {tensor for activation in plan.activations for tensor in activation.tensors}
+
+
+def test_without_commuting_pools_the_quantizer_sits_behind_the_pool():
+    plan = plan_of(small_resnet(), commuting_pools=False)
+    assert spec(plan, "maxpool").tensors == ("maxpool",)
+    assert spec(plan, "maxpool").readers == ("block1_conv1", "add")
+
+
+def test_the_average_pool_reads_quantized_input_only_if_asked():
+    assert "avgpool" in spec(plan_of(small_resnet()), "block2_relu_1").readers
+    assert all("avgpool" not in a.readers for a in plan_of(small_resnet(), pools=False).activations)
+
+
+def test_first_and_last_layer_can_stay_in_float():
+    plan = plan_of(small_resnet(), first_layer=False, last_layer=False)
+    assert plan.float_layers == ("conv1", "fc")
+    assert "conv1" not in plan.quantized_layers
+
+
+def test_an_unknown_layer_to_skip_lists_those_there_are():
+    with pytest.raises(UsageError, match=r"skip_layers names layer9; the model has no such layer.*conv1"):
+        plan_of(small_resnet(), skip_layers=("layer9",))
+
+
+def test_skipping_every_layer_is_refused():
+    layers = plan_of(small_resnet()).quantized_layers
+    with pytest.raises(UsageError, match="No layer is left to quantize"):
+        plan_of(small_resnet(), skip_layers=layers)
+
+
+@pytest.mark.parametrize(
+    ("name", "adds"), [("resnet18", 8), ("resnet50", 16), ("mobilenet_v2", 10), ("regnet_y_400mf", 16)]
+)
+def test_every_residual_add_of_a_torchvision_network_gets_exactly_one_quantized_operand(name, adds):
+    folded = fold_model(create_model(name, num_classes=10, channels=3))
+    plan = place_quantizers(folded.module, traced=folded.traced, **ALL)
+    nodes = {node.name: node for node in folded.module.graph.nodes}
+    found = residual_adds(folded.module)
+    assert len(found) == adds
+    for add in found:
+        reads = [a for a in plan.activations if add.name in a.readers]
+        # A pool between quantizer and add passes the quantized value on.
+        through_pool = [
+            a for a in plan.activations
+            if any(reader in [o.name for o in add.args if isinstance(o, fx.Node)] for reader in a.readers)
+            and "pool" in a.readers[0]
+        ]  # fmt: skip
+        assert len(reads) + len(through_pool) == 1
+        assert identity_operand(folded.module, add) in [nodes[o.name] for o in add.args if isinstance(o, fx.Node)]
+
+
+def test_in_mobilenet_v2_the_operand_from_which_the_other_is_computed_is_the_identity():
+    folded = fold_model(create_model("mobilenet_v2", num_classes=10, channels=3))
+    add = residual_adds(folded.module)[0]
+    assert identity_operand(folded.module, add).name == "features_2_conv_2"
+
+
+def test_the_operands_of_a_concat_share_one_quantizer():
+    folded = fold_model(create_model("squeezenet1_1", num_classes=10, channels=3))
+    plan = place_quantizers(folded.module, traced=folded.traced, **ALL)
+    shared = [activation for activation in plan.activations if len(activation.tensors) > 1]
+    assert len(shared) == 8
+    assert all(len(activation.tensors) == 2 and activation.never_negative for activation in shared)
+
+
+class Signs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        raw = self.conv(x)
+        rectified = torch.relu(raw)
+        shifted = rectified + -1.0
+        doubled = rectified * 2.0
+        summed = rectified + torch.sigmoid(raw)
+        mixed = rectified + raw
+        joined = torch.cat([doubled, summed], 1)
+        return raw, rectified, shifted, doubled, summed, mixed, torch.flatten(joined, 1)
+
+
+def test_never_negative_is_proved_from_the_operations():
+    module = fx.symbolic_trace(Signs())
+    (output,) = [node for node in module.graph.nodes if node.op == "output"]
+    proved = [is_never_negative(module, node) for node in output.args[0]]
+    assert proved == [False, True, False, True, True, False, True]
+
+
+def test_a_model_that_cannot_be_traced_keeps_its_adds_in_float_and_says_so():
+    folded = fold_model(Untraceable())
+    assert not folded.traced
+    assert "Untraceable cannot be traced" in folded.warning
+    plan = plan_of(Untraceable())
+    assert plan.quantized_layers == ("conv", "fc")
+    assert [activation.name for activation in plan.activations] == ["conv", "fc"]
+    assert plan.warnings
