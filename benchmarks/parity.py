@@ -53,9 +53,7 @@ def main() -> None:
                 "share_of_images_with_cosine_at_least_0.999": float(np.mean(cosine >= 0.999)),
                 "top1_agreement_percent": agreement,
             }
-            print(
-                f"{dialect:9} {name:12} cosine min {cosine.min():.6f} mean {cosine.mean():.6f} agreement {agreement:.2f} %"
-            )
+            print(f"{dialect:9} {name:12} cosine min {cosine.min():.6f} mean {cosine.mean():.6f}, {agreement:.1f} %")
     write_result(options, "parity", found)
 
 

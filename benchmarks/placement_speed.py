@@ -48,7 +48,8 @@ def main() -> None:
             }
         )  # fmt: skip
         print(
-            f"{result.file:32} {item.precision:5} batch {item.batch_size:2}: {item.median_ms:9.3f} ms, {speedup:5.2f} x FP32, "
+            f"{result.file:32} {item.precision:5} batch {item.batch_size:2}: {item.median_ms:9.3f} ms, "
+            f"{speedup:5.2f} x FP32, "
             f"INT8 in {result.int8.int8_input_percent:5.1f} %, out {result.int8.int8_output_percent:5.1f} %, "
             f"{result.int8.reformats} reformats"
         )

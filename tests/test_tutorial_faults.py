@@ -31,7 +31,8 @@ def prepared(tmp_path_factory):
 def histograms(prepared, draws, pixels=PIXELS):
     return collect_statistics(
         open_activation_readers(prepared.files["observed_onnx"], workers=1), pixels, draws=draws,
-        names=observed_names(prepared.plan), image_names=[str(i) for i in range(len(pixels))], mean=MEAN, std=STD, bins=1024,
+        names=observed_names(prepared.plan), image_names=[str(i) for i in range(len(pixels))], mean=MEAN, std=STD,
+        bins=1024,
     )  # fmt: skip
 
 
