@@ -130,6 +130,11 @@ def _fail(message: str, code: int) -> NoReturn:
     raise SystemExit(code)
 
 
+def _console() -> Console:
+    """Standard output; where it is no terminal, wide enough for every table and without wrapping."""
+    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=140, soft_wrap=True)
+
+
 def _print_json(document: Any) -> None:
     sys.stdout.write(json.dumps(document, indent=1, sort_keys=True) + "\n")
 
@@ -251,7 +256,7 @@ def _show_verdict(verdict: Verdict, folder: Path, as_json: bool) -> None:
         return
     from ptq.terminal import tables_of_verdict
 
-    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    console = _console()
     for table in tables_of_verdict(verdict):
         console.print(_rich_table(table))
     word = "Accepted" if verdict.gate.accepted else "Rejected"
@@ -369,7 +374,7 @@ def evaluate(
         _print_json(to_jsonable(metrics))
         return
     for table in tables_of_metrics(metrics, class_names=class_names):
-        Console(highlight=False).print(_rich_table(table))
+        _console().print(_rich_table(table))
 
 
 @app.command()
@@ -420,7 +425,7 @@ def validate(
     if as_json:
         _print_json({**to_jsonable(checks), "errors": checks.errors, "warnings": checks.warnings})
     else:
-        console = Console(highlight=False)
+        console = _console()
         console.print(_rich_table(table_of_checks(checks)))
         console.print(f"{len(checks.checks_run)} checks: {checks.errors} errors, {checks.warnings} warnings")
     if checks.errors:
@@ -454,7 +459,7 @@ def benchmark(
     if as_json:
         _print_json(to_jsonable(results))
     else:
-        Console(highlight=False).print(_rich_table(table_of_benchmark(results)))
+        _console().print(_rich_table(table_of_benchmark(results)))
 
 
 @app.command()

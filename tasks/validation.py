@@ -1,5 +1,7 @@
 """The stage that checks a Q/DQ graph."""
 
+from dataclasses import replace
+
 from prefect.logging import get_run_logger
 
 from ptq.graph_checks import check_graph
@@ -22,4 +24,5 @@ def validate_graph(model: ModelRecord, graph: GraphRecord, *, run: RunContext) -
         num_classes=model.num_classes,
     )
     get_run_logger().info("%d checks: %d errors, %d warnings", len(checks.checks_run), checks.errors, checks.warnings)
-    return checks
+    # In the store a file is named by its digest; a person wants the name it was written under.
+    return replace(checks, graph=graph.onnx.name)
