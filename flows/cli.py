@@ -171,12 +171,14 @@ def _preprocessing(channels: Any, resize: Any, crop: Any, mean: Any, std: Any) -
 
 def _run_flow(flow: Any, **arguments: Any) -> Any:
     """Runs a flow and returns its result; the error it failed with is raised as it was."""
+    from prefect.logging.handlers import PrefectConsoleHandler
     from prefect.logging.loggers import get_logger
 
     # The terminal has its own lines; the run's logs go on to the server.
-    for handler in [*get_logger().handlers, *logging.getLogger("prefect").handlers]:
-        if type(handler).__name__ == "PrefectConsoleHandler":
-            handler.setLevel(logging.CRITICAL + 1)
+    for logger in (logging.getLogger(), get_logger()):
+        for handler in logger.handlers:
+            if isinstance(handler, PrefectConsoleHandler):
+                handler.setLevel(logging.CRITICAL + 1)
     state = flow(**arguments, return_state=True)
     return state.result(raise_on_failure=True)
 
@@ -310,7 +312,8 @@ def _train(settings: TrainingConfig, *, store: str, threads: int, as_json: bool)
     with Terminal(quiet=as_json) as terminal:
         terminal.say(f"Training {settings.model} on {settings.data.path}")
         result = _run_flow(train_model, config=settings, store=store, threads=threads)
-        terminal.say(f"  top-1 on {settings.data.selection_split}: {result.held_out_top1_percent} %")
+        if result.held_out_top1_percent is not None:
+            terminal.say(f"  top-1 on {settings.data.selection_split}: {result.held_out_top1_percent:.2f} %")
     if as_json:
         _print_json({"checkpoint": settings.output, "held_out_top1_percent": result.held_out_top1_percent})
 

@@ -9,7 +9,7 @@ pytorch_quantization.
 import copy
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -20,6 +20,8 @@ from ptq.errors import CalibrationError
 from ptq.placement import weight_axis
 from ptq.records import PlacementPlan, QuantizerSpec
 
+# The import hands the root logger over to absl: its handler comes, those that write to the console go.
+_root_handlers = list(logging.getLogger().handlers)
 with warnings.catch_warnings():
     # The library was written for an older Python and an older torch: invalid escapes and renamed functions.
     warnings.simplefilter("ignore")
@@ -28,12 +30,10 @@ with warnings.catch_warnings():
     from pytorch_quantization.nn.modules.tensor_quantizer import TensorQuantizer
     from pytorch_quantization.tensor_quant import QuantDescriptor
 
+logging.getLogger().handlers[:] = _root_handlers
+
 # It warns for every quantizer on every export; what matters is checked and logged by the callers.
 absl_logging.set_verbosity(absl_logging.ERROR)
-# Importing absl puts a handler on the root logger, which would print every other library's records a second time.
-for _handler in list(logging.getLogger().handlers):
-    if isinstance(_handler, absl_logging.ABSLHandler):
-        logging.getLogger().removeHandler(_handler)
 
 logger = logging.getLogger(__name__)
 
@@ -180,3 +180,35 @@ def enabled_quantizers(model: nn.Module) -> list[str]:
     return [
         name for name, module in model.named_modules() if isinstance(module, TensorQuantizer) and not module._disabled
     ]
+
+
+def _quantizer_modules(model: nn.Module, plan: PlacementPlan) -> dict[str, list[TensorQuantizer]]:
+    """The modules of every quantizer of the plan, by its name."""
+    found = {spec.name: [model.get_submodule(spec.readers[0])._weight_quantizer] for spec in plan.weights}
+    for index, spec in enumerate(plan.activations):
+        if plan.traced:
+            names = [quantizer_module_name(index, position) for position in range(len(spec.tensors))]
+            found[spec.name] = [model.get_submodule(name) for name in names]
+        else:
+            found[spec.name] = [model.get_submodule(spec.name)._input_quantizer]
+    return found
+
+
+def activate_(model: nn.Module, plan: PlacementPlan, names: Collection[str]) -> None:
+    """Turns on the quantizers of a fake-quantized model that are named, and off all others."""
+    for name, modules in _quantizer_modules(model, plan).items():
+        for module in modules:
+            module._disabled = name not in names
+
+
+def set_activation_amax_(model: nn.Module, plan: PlacementPlan, activation_amax: Mapping[str, float]) -> None:
+    """Gives the activation quantizers of a fake-quantized model other amax.
+
+    Raises:
+        CalibrationError: a quantizer has no amax, or one that is not finite and positive.
+    """
+    _check_amax(plan, activation_amax)
+    modules = _quantizer_modules(model, plan)
+    for spec in plan.activations:
+        for module in modules[spec.name]:
+            module._amax.fill_(activation_amax[spec.name])
