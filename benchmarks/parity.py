@@ -11,7 +11,7 @@ import torch
 from benchmarks.subject import arguments, temporary_subject, write_result
 from ptq.engines import open_engine
 from ptq.fake_quant import exportable_fake_quant, fake_quant_from_folded, weight_amax
-from ptq.metrics import cosine_per_image
+from ptq.metrics import cosine_per_image, sqnr_db
 from ptq.preparation import folded_from_state
 
 
@@ -52,6 +52,10 @@ def main() -> None:
                 "cosine_mean": float(cosine.mean()),
                 "share_of_images_with_cosine_at_least_0.999": float(np.mean(cosine >= 0.999)),
                 "top1_agreement_percent": agreement,
+                "sqnr_db": sqnr_db(torch_logits, logits),
+                "largest_difference_over_largest_logit": float(
+                    np.abs(torch_logits - logits).max() / np.abs(torch_logits).max()
+                ),
             }
             print(f"{dialect:9} {name:12} cosine min {cosine.min():.6f} mean {cosine.mean():.6f}, {agreement:.1f} %")
     write_result(options, "parity", found)

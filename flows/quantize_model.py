@@ -1,14 +1,31 @@
 """One checkpoint in, one gated and published INT8 model out: the main flow."""
 
 import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prefect import flow, runtime, unmapped
 from prefect.logging import get_run_logger
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from ptq.config import PtqConfig
-from ptq.records import Publication, RunFindings, RunResult
+from ptq.config import Dialect, Precision, PtqConfig
+from ptq.records import (
+    AmaxRecord,
+    ArtifactRef,
+    Attempt,
+    AttemptKind,
+    CalibrationDraws,
+    DataRecord,
+    EngineIdentity,
+    EvaluationRecord,
+    ModelRecord,
+    PreparedImages,
+    Publication,
+    RunFindings,
+    RunResult,
+    Selection,
+)
 from tasks.amax import compute_amax
 from tasks.benchmark import benchmark
 from tasks.calibration import collect_statistics
@@ -16,10 +33,28 @@ from tasks.data import draw_calibration_images, index_images, prepare_split
 from tasks.engine import build_engine, list_precisions, resolve_engine
 from tasks.evaluation import evaluate, evaluate_baseline, select_candidate
 from tasks.export import export_qdq, write_graph
+from tasks.fallback import carry_amax, choose_methods, conclude, fine_tune, is_worth_trying, rank_layers
 from tasks.modules import replace_modules
 from tasks.publication import check_destinations, decide, publish, write_report
 from tasks.stage import RunContext, config_digest
 from tasks.validation import validate_graph
+
+
+@dataclass(frozen=True, slots=True)
+class _Setting:
+    """What every candidate of a run is judged with."""
+
+    config: PtqConfig
+    run: RunContext
+    identity: EngineIdentity
+    dialects: tuple[Dialect, ...]
+    precisions: Sequence[Precision]
+    data: DataRecord
+    draws: CalibrationDraws
+    images: dict[str, PreparedImages]
+    selection_split: str
+    fp32_onnx: ArtifactRef
+    baseline: EvaluationRecord
 
 
 # One worker: each evaluation uses every core, and two at once would only share them.
@@ -29,13 +64,15 @@ def quantize_model(config: PtqConfig) -> RunResult:
 
     1. index, draw and decode images   2. load the checkpoint, replace modules   3. collect statistics
     4. compute amax per trial and method   5. export the Q/DQ graph   6. evaluate every candidate on the engine
-    7. select   8. validate the graphs   9. build engines, benchmark   10. gate   11. publish   12. report
+    7. select   8. judge: validate the graphs, build engines, benchmark, gate   9. if accuracy alone was rejected, try
+    what is configured and judge it   10. publish   11. report
     """
     get_run_logger().info("Config %s: %s", config_digest(config)[:12], config.model_dump_json())
     run = RunContext(store_uri=config.output.store, run_id=runtime.flow_run.name)
     check_destinations(config)
     identity = resolve_engine(config.engine)
-    data_config, preprocessing = config.data, config.data.preprocessing
+    precisions = list_precisions(config.engine, identity)
+    data_config, preprocessing, calibration = config.data, config.data.preprocessing, config.calibration
     dialects = config.quantization.dialects_for(identity.name)
 
     data = index_images(
@@ -45,20 +82,19 @@ def quantize_model(config: PtqConfig) -> RunResult:
     has_selection = any(split.split == data_config.selection_split for split in data.splits)
     selection_split = data_config.selection_split if has_selection else data_config.test_split
     splits = tuple(dict.fromkeys((selection_split, data_config.test_split)))
-    input_shape = (preprocessing.channels, preprocessing.crop, preprocessing.crop)
-    model = replace_modules(config.model, data, config.quantization, input_shape=input_shape, run=run)
+    model = replace_modules(config.model, data, config.quantization, input_shape=_input_shape(config), run=run)
     draws = draw_calibration_images(
-        data, config.calibration, preprocessing, split=data_config.calibration_split, evaluated_splits=splits, run=run
+        data, calibration, preprocessing, split=data_config.calibration_split, evaluated_splits=splits, run=run
     )
     images = {split: prepare_split(data, split, preprocessing, run=run) for split in splits}
 
     statistics = collect_statistics(
-        model, draws, preprocessing, bins=config.calibration.bins, threads=config.engine.threads, run=run
+        model, draws, preprocessing, bins=calibration.bins, threads=config.engine.threads, run=run
     )
-    pairs = [(trial, method) for method in config.calibration.methods for trial in range(config.calibration.trials)]
+    pairs = [(trial, method) for method in calibration.methods for trial in range(calibration.trials)]
     tables = compute_amax.map(
         unmapped(statistics), unmapped(model), [trial for trial, _ in pairs], [method for _, method in pairs],
-        percentile=config.calibration.percentile, dialect=dialects[0], run=unmapped(run),
+        percentile=calibration.percentile, dialect=dialects[0], run=unmapped(run),
     ).result()  # fmt: skip
     template = export_qdq(model, run=run)
 
@@ -73,36 +109,131 @@ def quantize_model(config: PtqConfig) -> RunResult:
         candidates, tables, baseline, selection_split=selection_split, test_split=data_config.test_split, run=run
     )
 
+    setting = _Setting(
+        config, run, identity, dialects, precisions, data, draws, images, selection_split, model.fp32_onnx, baseline
+    )
+    findings = _judge(setting, model, template, tables, candidates, selection)
+    if is_worth_trying(findings, config.fallback, config.gate):
+        findings = _fall_back(setting, findings)
+    if findings.decision.accepted:
+        publication = publish(
+            findings.model, findings.graphs[0], findings.selection, name=config.model.published_name,
+            config_sha256=config_digest(config), run=run,
+        )  # fmt: skip
+        findings = replace(findings, publication=publication)
+    return write_report(config, findings, run=run)
+
+
+def _input_shape(config: PtqConfig) -> tuple[int, int, int]:
+    preprocessing = config.data.preprocessing
+    return preprocessing.channels, preprocessing.crop, preprocessing.crop
+
+
+def _judge(
+    setting: _Setting,
+    model: ModelRecord,
+    template: ArtifactRef,
+    tables: Sequence[AmaxRecord],
+    candidates: Sequence[EvaluationRecord],
+    selection: Selection,
+) -> RunFindings:
+    """Write the graphs of the selected candidate, validate them, build engines, benchmark them and decide."""
+    config, run, threads = setting.config, setting.run, setting.config.engine.threads
+    remainder = config.engine.float_remainder
     best = next(table for table in tables if (table.method, table.trial) == (selection.method, selection.trial))
     graphs = [
-        write_graph(model, template, best, dialect=dialect, name=f"{dialect}.onnx", run=run) for dialect in dialects
+        write_graph(model, template, best, dialect=dialect, name=f"{dialect}.onnx", run=run)
+        for dialect in setting.dialects
     ]
     checks = [validate_graph(model, graph, run=run) for graph in graphs]
-    precisions = list_precisions(config.engine, identity)
     engines = [
         build_engine(
-            graphs[0].onnx if precision == "int8" else model.fp32_onnx, precision, batch_size,
-            threads=config.engine.threads, float_remainder=config.engine.float_remainder, identity=identity, run=run,
+            graphs[0].onnx if precision == "int8" else setting.fp32_onnx, precision, batch_size,
+            threads=threads, float_remainder=remainder, identity=setting.identity, run=run,
         )
         for batch_size in config.benchmark.batch_sizes
-        for precision in precisions
+        for precision in setting.precisions
     ]  # fmt: skip
     measured = benchmark(
-        engines, config.benchmark, threads=config.engine.threads, float_remainder=config.engine.float_remainder,
-        input_shape=input_shape, run=run,
+        engines, config.benchmark, threads=threads, float_remainder=remainder, input_shape=model.input_shape, run=run
+    )
+    return RunFindings(
+        model=model, data=setting.data, draws=setting.draws, tables=tuple(tables), baseline=setting.baseline,
+        candidates=tuple(candidates), selection=selection, graphs=tuple(graphs), checks=tuple(checks),
+        engines=tuple(engines), benchmark=measured,
+        decision=decide(selection, measured, checks, config.gate, run=run),
+        publication=Publication(published=False, model=config.model.published_name, version="", replaced=""),
     )  # fmt: skip
 
-    decision = decide(selection, measured, checks, config.gate, run=run)
-    name = config.model.published_name
-    publication = Publication(published=False, model=name, version="", replaced="")
-    if decision.accepted:
-        publication = publish(model, graphs[0], selection, name=name, config_sha256=config_digest(config), run=run)
-    findings = RunFindings(
-        model=model, data=data, draws=draws, tables=tuple(tables), baseline=baseline, candidates=tuple(candidates),
-        selection=selection, graphs=tuple(graphs), checks=tuple(checks), engines=tuple(engines), benchmark=measured,
-        decision=decision, publication=publication,
+
+def _fall_back(setting: _Setting, first: RunFindings) -> RunFindings:
+    """Try what is configured until something is accepted; the first findings stay where nothing is."""
+    attempts: list[Attempt] = []
+    found = first
+    for attempt, findings in _attempts(setting, first):
+        attempts.append(attempt)
+        if attempt.decision.accepted:
+            found = findings
+            break
+    decision = conclude(first.decision, first.selection.candidate, attempts, run=setting.run)
+    return replace(found, decision=decision, attempts=tuple(attempts))
+
+
+def _attempts(setting: _Setting, first: RunFindings) -> Iterator[tuple[Attempt, RunFindings]]:
+    """Yield each configured attempt with its findings, in order: method per layer, layers left in float, QAT."""
+    config, run, draws, fallback = setting.config, setting.run, setting.draws, setting.config.fallback
+    preprocessing, threads, dialect = config.data.preprocessing, config.engine.threads, setting.dialects[0]
+    of_trial = [table for table in first.tables if table.trial == first.selection.trial]
+    best = next(table for table in of_trial if table.method == first.selection.method)
+    if fallback.per_layer_method:
+        chosen = choose_methods(
+            first.model, of_trial, draws, preprocessing, images=fallback.images, dialect=dialect, threads=threads,
+            run=run,
+        )  # fmt: skip
+        yield _attempt(setting, first, first.model, chosen.amax, kind="per_layer_method", what=chosen.what)
+    if fallback.float_layers:
+        ranking = rank_layers(
+            first.model, best, draws, preprocessing, images=fallback.images, limit=fallback.float_layers,
+            dialect=dialect, threads=threads, run=run,
+        )  # fmt: skip
+        for group in ranking.groups:
+            skipped = (*config.quantization.skip_layers, *group.layers)
+            quantization = config.quantization.model_copy(update={"skip_layers": skipped})
+            model = replace_modules(
+                config.model, setting.data, quantization, input_shape=first.model.input_shape, run=run
+            )
+            amax = carry_amax(
+                first.model, model, best, draws, config.calibration, preprocessing, label=f"float{len(group.layers)}",
+                dialect=dialect, threads=threads, run=run,
+            )  # fmt: skip
+            yield _attempt(setting, first, model, amax, kind="float_layers", what=group.what)
+    if fallback.qat_epochs:
+        tuned = fine_tune(
+            first.model, best, draws, preprocessing, epochs=fallback.qat_epochs,
+            learning_rate=fallback.qat_learning_rate, seed=config.calibration.seed, dialect=dialect, threads=threads,
+            run=run,
+        )  # fmt: skip
+        amax = replace(best, method=f"{best.method}_qat")
+        yield _attempt(setting, first, tuned.model, amax, kind="qat", what=tuned.what)
+
+
+def _attempt(
+    setting: _Setting, first: RunFindings, model: ModelRecord, amax: AmaxRecord, *, kind: AttemptKind, what: str
+) -> tuple[Attempt, RunFindings]:
+    """Export, evaluate and judge one more candidate."""
+    config, run = setting.config, setting.run
+    template = export_qdq(model, run=run)
+    evaluation = evaluate(
+        model, template, amax, setting.baseline, setting.images, config.data.preprocessing, engine=config.engine,
+        identity=setting.identity, dialect=setting.dialects[0], run=run,
     )  # fmt: skip
-    return write_report(config, findings, run=run)
+    selection = select_candidate(
+        [evaluation], [amax], setting.baseline, selection_split=setting.selection_split,
+        test_split=config.data.test_split, run=run,
+    )  # fmt: skip
+    selection = replace(selection, spreads=(*first.selection.spreads, *selection.spreads))
+    findings = _judge(setting, model, template, (*first.tables, amax), (*first.candidates, evaluation), selection)
+    return Attempt(kind, what, evaluation.candidate, selection.comparison, findings.decision), findings
 
 
 if __name__ == "__main__":

@@ -171,6 +171,29 @@ class GateConfig(_Section):
     )
 
 
+class FallbackConfig(_Section):
+    """What is tried, in this order, where a model is rejected for its accuracy alone."""
+
+    per_layer_method: bool = Field(
+        False, description="Try, for each quantizer, the method whose amax keeps the logits closest to FP32's."
+    )
+    float_layers: int = Field(
+        0,
+        ge=0,
+        le=1000,
+        description="Most sensitive layers that may stay in float, tried as 1, 2, 4, ... up to this number; 0: none.",
+    )
+    qat_epochs: int = Field(
+        0, ge=0, le=1000, description="Passes of quantization-aware training over the drawn images; 0: not tried."
+    )
+    qat_learning_rate: float = Field(
+        1e-3, gt=0, le=1, description="Peak learning rate of quantization-aware training, on a one-cycle schedule."
+    )
+    images: int = Field(
+        64, ge=1, le=100_000, description="Calibration images, of the best trial's draw, that measure sensitivity."
+    )
+
+
 class OutputConfig(_Section):
     """Where results go."""
 
@@ -188,7 +211,17 @@ class PtqConfig(_Section):
     engine: EngineConfig = Field(default_factory=EngineConfig)
     benchmark: BenchmarkConfig = Field(default_factory=BenchmarkConfig)
     gate: GateConfig = Field(default_factory=GateConfig)
+    fallback: FallbackConfig = Field(default_factory=FallbackConfig)
     output: OutputConfig = Field(default_factory=OutputConfig)
+
+    @model_validator(mode="after")
+    def _has_methods_to_choose_from(self) -> "PtqConfig":
+        if self.fallback.per_layer_method and len(self.calibration.methods) < 2:
+            raise ValueError(
+                f"fallback.per_layer_method is true and calibration.methods is {list(self.calibration.methods)}: "
+                "give at least two methods to choose from"
+            )
+        return self
 
 
 class TrainingConfig(_Section):

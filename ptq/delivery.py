@@ -150,15 +150,13 @@ def _verdict_candidates(findings: RunFindings) -> tuple[VerdictCandidate, ...]:
     test = findings.selection.test_split
     fp32 = findings.baseline.on(test).top1_percent
     evaluated = {evaluation.candidate: evaluation for evaluation in findings.candidates}
-    owner = {
-        record.table.sha256: f"{record.method}-{record.trial}"
-        for record in findings.tables
-        if f"{record.method}-{record.trial}" in evaluated
-    }
+    owner: dict[str, str] = {}
     rows = []
     for record in findings.tables:
         name = f"{record.method}-{record.trial}"
-        source = owner[record.table.sha256]
+        # What was evaluated itself counts as itself: QAT has the amax table of another candidate and other weights.
+        source = name if name in evaluated else owner[record.table.sha256]
+        owner.setdefault(record.table.sha256, source)
         metrics = evaluated[source].on(test)
         rows.append(
             VerdictCandidate(
@@ -179,6 +177,7 @@ def build_report(store: Store, config: PtqConfig, findings: RunFindings, *, run_
     graphs = {graph_file_name(findings, index): graph.onnx for index, graph in enumerate(findings.graphs)}
     stored = {"model_fp32.onnx": findings.model.fp32_onnx, **graphs}
     stored |= {record.blob.name: record.blob for record in findings.engines}
+    stored |= _tuned_weights(findings)
     evaluations = (findings.baseline, *findings.candidates)
     predictions = combined_predictions({e.candidate: store.get_path(e.predictions) for e in evaluations})
     checks = json.dumps(to_jsonable(findings.checks), indent=1).encode()
@@ -204,6 +203,12 @@ def build_report(store: Store, config: PtqConfig, findings: RunFindings, *, run_
     )
 
 
+def _tuned_weights(findings: RunFindings) -> dict[str, ArtifactRef]:
+    """The weights that an accepted QAT has changed, by file name: a checkpoint of the same network."""
+    is_tuned = any(attempt.kind == "qat" and attempt.decision.accepted for attempt in findings.attempts)
+    return {"weights_qat.safetensors": findings.model.weights} if is_tuned else {}
+
+
 def graph_file_name(findings: RunFindings, index: int) -> str:
     """Returns the file name of a run's graph: the evaluated one is `model_int8.onnx`."""
     return "model_int8.onnx" if index == 0 else f"model_int8_{findings.graphs[index].dialect}.onnx"
@@ -226,6 +231,7 @@ def report_inputs(store: Store, config: PtqConfig, findings: RunFindings, verdic
         config_yaml=yaml.safe_dump(to_jsonable(config), sort_keys=False),
         machine={"machine": machine_description(), "system": platform.platform(), "python": platform.python_version()},
         warnings=(*findings.model.warnings, *findings.draws.warnings, *findings.benchmark.warnings),
+        attempts=findings.attempts,
     )
 
 
@@ -242,7 +248,7 @@ def deliver(store: Store, config: PtqConfig, findings: RunFindings, report: RunR
     verdict = report.verdict.model_dump_json(by_alias=True, indent=1).encode()
     ref = store.put_bytes(verdict, "verdict.json")
     graphs = {graph_file_name(findings, index): graph.onnx for index, graph in enumerate(findings.graphs)}
-    objects = {"model_fp32.onnx": findings.model.fp32_onnx, **graphs}
+    objects = {"model_fp32.onnx": findings.model.fp32_onnx, **graphs, **_tuned_weights(findings)}
     objects |= {f"engines/{record.blob.name}": record.blob for record in findings.engines}
     try:
         (directory / "engines").mkdir(parents=True, exist_ok=True)

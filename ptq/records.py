@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import TypeAdapter
 from pydantic_core import to_jsonable_python
 
-from ptq.config import Dialect, Method, Precision
+from ptq.config import Dialect, Precision
 
 Record = TypeVar("Record")
 
@@ -165,10 +165,14 @@ class StatisticsRecord:
 
 @dataclass(frozen=True, slots=True)
 class AmaxRecord:
-    """The amax of every activation quantizer for one trial and method. Equal tables have equal `table.sha256`."""
+    """The amax of every activation quantizer for one trial and method. Equal tables have equal `table.sha256`.
+
+    `method` is one a person may choose (`config.Method`), or names a fallback: `per_layer`, or a method followed by
+    `_float` and a number of layers, or by `_qat`.
+    """
 
     trial: int
-    method: Method
+    method: str
     table: ArtifactRef
 
 
@@ -285,7 +289,7 @@ class EvaluationRecord:
 
     candidate: str
     trial: int | None
-    method: Method | None
+    method: str | None
     splits: tuple[SplitMetrics, ...]
     predictions: ArtifactRef
     logits: ArtifactRef
@@ -329,7 +333,7 @@ class FlippedImage:
 class MethodSpread:
     """Top-1 of one method over the trials, in percent; `std_pp` is the sample standard deviation (0 for one trial)."""
 
-    method: Method
+    method: str
     mean_top1_percent: float
     min_top1_percent: float
     max_top1_percent: float
@@ -345,7 +349,7 @@ class Selection:
 
     candidate: str
     trial: int
-    method: Method
+    method: str
     table: ArtifactRef
     selection_split: str
     test_split: str
@@ -400,6 +404,76 @@ class GateDecision:
 
 
 @dataclass(frozen=True, slots=True)
+class QuantizerChoice:
+    """The method whose amax keeps the logits closest to FP32's when this quantizer alone is active."""
+
+    name: str
+    method: str
+    sqnr_db: float
+
+
+@dataclass(frozen=True, slots=True)
+class MethodChoice:
+    """A method for every activation quantizer, and the amax table they make."""
+
+    amax: AmaxRecord
+    choices: tuple[QuantizerChoice, ...]
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class FloatGroup:
+    """Layers that one attempt leaves in float; `what` names them with their SQNR."""
+
+    layers: tuple[str, ...]
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSensitivity:
+    """SQNR of the logits against FP32's, in dB, when this layer's quantizers alone are active."""
+
+    layer: str
+    sqnr_db: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRanking:
+    """The quantized layers, the most sensitive first, and the groups of them to leave in float, in order."""
+
+    layers: tuple[LayerSensitivity, ...]
+    groups: tuple[FloatGroup, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FineTuning:
+    """A model with weights from quantization-aware training.
+
+    `losses[i]` is the cross-entropy of the fake-quantized model after i epochs, in nats, on the images it was trained
+    on; `kept_epoch` is where it is least, and `model` has the weights of that epoch.
+    """
+
+    model: ModelRecord
+    losses: tuple[float, ...]
+    kept_epoch: int
+    what: str
+
+
+AttemptKind = Literal["per_layer_method", "float_layers", "qat"]
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """What was tried after a rejection, and what it reached on the test split."""
+
+    kind: AttemptKind
+    what: str
+    candidate: str
+    comparison: PairedComparison
+    decision: GateDecision
+
+
+@dataclass(frozen=True, slots=True)
 class Publication:
     """What was published under `models/<name>/`; `published` is False where the gate rejected the model."""
 
@@ -424,7 +498,8 @@ class RunResult:
 class RunFindings:
     """Everything a finished run found, for its verdict and report. `graphs` begins with the evaluated one.
 
-    `candidates` holds one evaluation per distinct amax table, `tables` one entry per trial and method.
+    `candidates` holds one evaluation per distinct amax table, `tables` one entry per trial and method. `attempts` is
+    what was tried after the first rejection; the rest is about the accepted attempt, else about the first candidate.
     """
 
     model: ModelRecord
@@ -440,6 +515,7 @@ class RunFindings:
     benchmark: BenchmarkRecord
     decision: GateDecision
     publication: Publication
+    attempts: tuple[Attempt, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

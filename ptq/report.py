@@ -18,6 +18,7 @@ import polars
 from ptq.charts import box_plot_png, latency_bars_png
 from ptq.config import METHODS
 from ptq.records import (
+    Attempt,
     BenchmarkRecord,
     CalibrationDraws,
     DataRecord,
@@ -74,13 +75,16 @@ class ReportInputs:
     config_yaml: str
     machine: Mapping[str, str]
     warnings: tuple[str, ...]
+    attempts: tuple[Attempt, ...] = ()
 
 
 def verdict_sentence(inputs: ReportInputs) -> str:
     """Returns the decision, the accuracy with its uncertainty and the speed, as text of one or two sentences."""
     best, gate, images = inputs.verdict.best, inputs.verdict.gate, inputs.selection.comparison.images
+    is_tuned = any(attempt.kind == "qat" and attempt.decision.accepted for attempt in inputs.attempts)
+    tuned = ", weights changed by QAT" if is_tuned else ""
     fact = (
-        f"INT8 ({best.method}, trial {best.trial}) reaches {fixed(best.top1_percent, 1)} % top-1 on {images:,} "
+        f"INT8 ({best.method}, trial {best.trial}{tuned}) reaches {fixed(best.top1_percent, 1)} % top-1 on {images:,} "
         f"{inputs.selection.test_split} images, {drop_phrase(best.drop_pp)} "
         f"(95 % interval {interval_text(best.drop_interval_pp)} pp, McNemar {probability(best.mcnemar_p)})"
         f"{_speed_phrase(inputs.benchmark)}."
@@ -171,6 +175,7 @@ def html_report(inputs: ReportInputs) -> str:
         trials=_trials_table(inputs),
         spreads=_spreads_table(inputs),
         candidates=_candidates_table(inputs),
+        attempts=_attempts_table(inputs),
         boxplot=_data_uri(boxplot_png(inputs)),
         matrices=_matrices(inputs) if classes <= CLASSES_IN_A_MATRIX else (),
         confused=_confused_table(inputs) if classes > CLASSES_IN_A_MATRIX else None,
@@ -208,6 +213,7 @@ def markdown_report(inputs: ReportInputs) -> str:
         "## Methods and trials\n",
         *map(_markdown_table, (_trials_table(inputs), _spreads_table(inputs))),
         f"{_markdown_text(inputs.selection.spread_sentence)} {_markdown_text(inputs.selection.reason)}\n",
+        *([_markdown_table(_attempts_table(inputs))] if inputs.attempts else []),
         "![Top-1 of the methods over the trials](boxplot.png)\n",
         "## Speed\n",
         _markdown_table(_latency_table(inputs)),
@@ -304,6 +310,23 @@ def _candidates_table(inputs: ReportInputs) -> Table:
         if row["chosen"]:
             chosen.append(index)
     return Table("Every candidate", columns, tuple(rows), emphasized=tuple(chosen))
+
+
+def _attempts_table(inputs: ReportInputs) -> Table:
+    rows = tuple(
+        (
+            attempt.what,
+            attempt.candidate,
+            fixed(attempt.comparison.drop_pp, 2),
+            f"{interval_text(attempt.comparison.drop_interval_pp)}",
+            "accepted" if attempt.decision.accepted else f"rejected: {attempt.decision.reasons[0]}",
+        )
+        for attempt in inputs.attempts
+    )
+    accepted = tuple(index for index, attempt in enumerate(inputs.attempts) if attempt.decision.accepted)
+    columns = ("Attempt", "Candidate", "Drop, pp", "95 % interval, pp", "Result")
+    note = "Every attempt was judged on the same test images as the candidate before it."
+    return Table("What was tried before giving up", columns, rows, note, emphasized=accepted)
 
 
 def _confused_table(inputs: ReportInputs) -> Table:
@@ -633,8 +656,8 @@ def _test_metrics(inputs: ReportInputs) -> tuple[SplitMetrics, SplitMetrics]:
 
 
 def _methods(inputs: ReportInputs) -> list[str]:
-    present = {item.method for item in inputs.verdict.candidates}
-    return [method for method in METHODS if method in present]
+    present = dict.fromkeys(item.method for item in inputs.verdict.candidates)
+    return [*(method for method in METHODS if method in present), *(name for name in present if name not in METHODS)]
 
 
 def _class_name(inputs: ReportInputs, index: int) -> str:

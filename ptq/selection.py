@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ptq.config import METHODS, Method
+from ptq.config import METHODS
 from ptq.metrics import PredictionTables, paired_comparison, sampling_std_pp
 from ptq.records import (
     AmaxRecord,
@@ -72,8 +72,8 @@ def rank_candidates(candidates: Sequence[EvaluationRecord], *, selection_split: 
     return tuple(sorted(candidates, key=lambda candidate: _rank_key(candidate, selection_split)))
 
 
-def method_spreads(rows: Sequence[tuple[Method, int, float]]) -> tuple[MethodSpread, ...]:
-    """Returns the spread of top-1 over the trials, one entry a method, in the order max, percentile, mse, entropy.
+def method_spreads(rows: Sequence[tuple[str, int, float]]) -> tuple[MethodSpread, ...]:
+    """Returns the spread of top-1 over the trials, one entry a method: max, percentile, mse, entropy, then others.
 
     Args:
         rows: (method, trial, top-1 in percent), one row for every method and trial. Trials that share one
@@ -91,7 +91,7 @@ def method_spreads(rows: Sequence[tuple[Method, int, float]]) -> tuple[MethodSpr
     if repeated:
         raise ValueError(f"Method {repeated[0]} has trial {repeated[1]} twice; expected one top-1 for each.")
     spreads = []
-    for method in METHODS:
+    for method in dict.fromkeys((*METHODS, *(name for name, _, _ in rows))):
         top1 = [value for name, _, value in rows if name == method]
         if top1:
             spreads.append(_spread(method, top1))
@@ -175,7 +175,7 @@ def select(
     )
 
 
-def _origin(candidate: EvaluationRecord) -> tuple[Method, int]:
+def _origin(candidate: EvaluationRecord) -> tuple[str, int]:
     if candidate.method is None or candidate.trial is None:
         raise ValueError(
             f"{candidate.candidate} has method {candidate.method} and trial {candidate.trial}; a candidate has both. "
@@ -196,7 +196,7 @@ def _rank_key(candidate: EvaluationRecord, split: str) -> tuple[float, float, fl
     return (-top1_percent, -sqnr_db, -agreement_percent, *_origin(candidate))
 
 
-def _spread(method: Method, top1: Sequence[float]) -> MethodSpread:
+def _spread(method: str, top1: Sequence[float]) -> MethodSpread:
     mean = math.fsum(top1) / len(top1)
     deviations = math.fsum((value - mean) ** 2 for value in top1)
     return MethodSpread(
@@ -211,9 +211,9 @@ def _spread(method: Method, top1: Sequence[float]) -> MethodSpread:
 def _rows_of_all_trials(
     candidates: Sequence[EvaluationRecord],
     tables: Sequence[AmaxRecord],
-    table_of: dict[tuple[Method, int], AmaxRecord],
+    table_of: dict[tuple[str, int], AmaxRecord],
     split: str,
-) -> list[tuple[Method, int, float]]:
+) -> list[tuple[str, int, float]]:
     """One row for every table, with the top-1 of the candidate that was evaluated with an equal table."""
     top1_of: dict[str, float] = {}
     for candidate in candidates:

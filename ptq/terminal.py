@@ -42,7 +42,7 @@ def _trials(verdict: Verdict) -> Table:
     rows = []
     for method in methods:
         marks = [" *" if (method, trial) == (verdict.best.method, verdict.best.trial) else "" for trial in trials]
-        cells = (f"{fixed(top1[method, trial], 2)}{mark}" for trial, mark in zip(trials, marks, strict=True))
+        cells = (f"{fixed(top1.get((method, trial)), 2)}{mark}" for trial, mark in zip(trials, marks, strict=True))
         rows.append((method, *cells))
     columns = ("Method", *(f"Trial {trial}" for trial in trials))
     return Table("Top-1 of every candidate, %; * is the chosen one", columns, tuple(rows))

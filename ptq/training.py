@@ -42,7 +42,7 @@ class EpochResult:
 
 @dataclass(frozen=True, slots=True)
 class TrainingResult:
-    """Every epoch, and the one whose weights the model holds: "best" on val, or "last" where there is no val."""
+    """Every epoch, and the one whose weights the model holds: "best" on val, or "last" without val."""
 
     epochs: tuple[EpochResult, ...]
     kept: Literal["best", "last"]
@@ -143,7 +143,7 @@ def evaluate_classifier(
         for start in range(0, len(pixels), EVALUATION_BATCH_SIZE):
             chosen = slice(start, start + EVALUATION_BATCH_SIZE)
             logits = model(_tensor(pixels[chosen], mean=mean, std=std))
-            targets = torch.from_numpy(labels[chosen])
+            targets = torch.tensor(labels[chosen])
             loss_sum += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
             correct += int((logits.argmax(dim=1) == targets).sum())
     return loss_sum / len(pixels), 100.0 * correct / len(pixels)
@@ -238,7 +238,7 @@ def _train_epoch_(
     loss_sum, correct = 0.0, 0
     for rate, chosen in zip(rates, np.array_split(order.permutation(len(pixels)), len(rates)), strict=True):
         batch = shift_images(pixels[chosen], order=order) if augment else pixels[chosen]
-        targets = torch.from_numpy(labels[chosen])
+        targets = torch.tensor(labels[chosen])
         logits = model(_tensor(batch, mean=mean, std=std))
         loss = torch.nn.functional.cross_entropy(logits, targets, label_smoothing=LABEL_SMOOTHING)
         optimizer.zero_grad(set_to_none=True)
@@ -277,9 +277,8 @@ def _check_labels(model: torch.nn.Module, train: Examples, *, mean: Sequence[flo
 
 
 def _best_epoch(results: list[EpochResult]) -> int:
-    """Highest top-1 on val; among equals the lowest loss."""
-    best = max(results, key=lambda result: (result.val_top1_percent or 0.0, -(result.val_loss or 0.0)))
-    return best.epoch
+    """Highest top-1 on val; among equals the last, because the learning rate falls to the end."""
+    return max(results, key=lambda result: (result.val_top1_percent or 0.0, result.epoch)).epoch
 
 
 def _tensor(pixels: np.ndarray, *, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:

@@ -134,9 +134,11 @@ def test_a_rejected_model_is_not_published_and_the_previous_one_stays(finished, 
 
 def test_the_page_of_the_run_shows_verdict_results_and_checks(finished):
     from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
 
+    run = FlowRunFilter(name=FlowRunFilterName(any_=[finished[2].run_id]))
     with get_client(sync_client=True) as client:
-        artifacts = {artifact.key: artifact for artifact in client.read_artifacts()}
+        artifacts = {artifact.key: artifact for artifact in client.read_artifacts(flow_run_filter=run)}
     assert {"ptq-verdict", "ptq-results", "ptq-graph-checks"} <= set(artifacts)
     assert "data:image/png;base64," in artifacts["ptq-verdict"].data
     assert len(json.loads(artifacts["ptq-results"].data)) == 8

@@ -63,6 +63,38 @@ class Untraceable(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class NeedsTwoMethods(nn.Module):
+    """Finds the brightest quarter of a picture, by tensors that no single calibration method serves.
+
+    `gather` reads one small channel beside one that is 10,000 times as large: max leaves nothing of it. `score` reads
+    one large channel beside fifteen small ones: a percentile of 90 leaves nothing of it.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.spread = nn.Conv2d(3, 16, 1)
+        self.gather = nn.Conv2d(16, 16, 1)
+        self.score = nn.Conv2d(16, 1, 1)
+        self.relu = nn.ReLU()
+        self.pool = nn.AvgPool2d(12)
+        self.fc = nn.Linear(4, 4)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.zero_()
+            self.spread.weight[:] = 1 / 3
+            self.spread.bias[:] = 2.2  # above the most negative pixel, so that ReLU loses nothing
+            self.spread.weight[15] *= 1e4
+            self.spread.bias[15] *= 1e4
+            self.gather.weight[:, 0] = 0.01
+            self.gather.weight[0, 0] = 100.0
+            self.score.weight[:, 0] = 0.01
+            self.fc.weight[:] = 4 * torch.eye(4)
+
+    def forward(self, x):
+        x = self.relu(self.gather(self.relu(self.spread(x))))
+        return self.fc(torch.flatten(self.pool(self.score(x)), 1))
+
+
 def small_resnet(seed=0, **options):
     """A SmallResNet in eval() whose BatchNorm statistics are not the initial ones."""
     with torch.random.fork_rng(devices=[]):

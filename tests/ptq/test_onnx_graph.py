@@ -9,7 +9,14 @@ from networks import Untraceable, small_resnet
 from onnx import numpy_helper
 
 from ptq.errors import ExportError
-from ptq.fake_quant import enabled_quantizers, exportable_fake_quant, fake_quant_from_folded, weight_amax
+from ptq.fake_quant import (
+    amax_bound,
+    enabled_quantizers,
+    exportable_fake_quant,
+    fake_quant_from_folded,
+    quantizer_module_name,
+    weight_amax,
+)
 from ptq.models import fold_model
 from ptq.observation import observed_from_folded, observed_names
 from ptq.onnx_graph import (
@@ -181,3 +188,36 @@ def test_a_template_of_another_plan_is_refused(prepared, tmp_path):
     with pytest.raises(ExportError, match=r"has no initializer x\.scale; export the template again"):
         write_candidate(tmp_path / "f.onnx", tmp_path / "g.onnx", plan=prepared.plan, dialect="cpu",
                         activation_amax=prepared.amax, metadata={})  # fmt: skip
+
+
+def codes_in_onnx(path, prepared, dialect):
+    """The integer codes of every activation quantizer as ONNX Runtime computes them, by quantizer name."""
+    model = onnx.load(path)
+    outputs = {}
+    for node in model.graph.node:
+        for name in observed_names(prepared.plan):
+            if node.op_type == "QuantizeLinear" and node.input[1] == f"{name}.scale":
+                outputs[name] = node.output[0]
+    for output in outputs.values():
+        model.graph.output.append(onnx.helper.make_empty_tensor_value_info(output))
+    onnx.save(model, path)
+    return dict(zip(outputs, run_onnx(path, names=list(outputs.values())), strict=True))
+
+
+@pytest.mark.parametrize("dialect", ["cpu", "tensorrt"])
+def test_every_quantizer_gives_the_codes_of_pytorch_within_one_step(prepared, tmp_path, dialect):
+    found = codes_in_onnx(prepared.candidate(dialect, tmp_path / "a.onnx"), prepared, dialect)
+    model = prepared.fake_quant(dialect)
+    values = {}
+    for index, spec in enumerate(prepared.plan.activations):
+        module = model.get_submodule(quantizer_module_name(index, 0))
+        module.register_forward_hook(lambda _, __, out, name=spec.name: values.__setitem__(name, out.numpy()))
+    with torch.inference_mode(), exportable_fake_quant():
+        model(IMAGES)
+    assert set(found) == set(values)
+    for spec in prepared.plan.activations:
+        scale = prepared.amax[spec.name] / amax_bound(spec, dialect)
+        difference = np.abs(np.round(values[spec.name] / scale) - found[spec.name])
+        # Float sums in another order put a value on the other side of a rounding edge now and then.
+        assert difference.max() <= 1
+        assert np.mean(difference > 0) < 0.01

@@ -1,0 +1,180 @@
+"""How are the weights of a quantized model fine-tuned?
+
+Quantization-aware training of a fake-quantized, BatchNorm-folded model: the forward pass quantizes, the backward pass
+goes straight through (Bengio et al., Estimating or Propagating Gradients Through Stochastic Neurons, 2013), as
+pytorch-quantization's quantizers do. Every amax stays as calibration chose it. The same seed gives the same weights.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from ptq.errors import CalibrationError
+from ptq.fake_quant import exportable_fake_quant
+from ptq.images import network_input
+from ptq.models import FoldedModel
+from ptq.records import PlacementPlan
+from ptq.training import MOMENTUM, Examples, evaluate_classifier, learning_rates
+
+BATCH_SIZE = 32
+# The one-cycle schedule ends at 0, so that an epoch of one step would train nothing.
+LEAST_STEPS = 4
+_BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+@dataclass(frozen=True, slots=True)
+class FineTuned:
+    """`losses[i]` is the cross-entropy after i epochs, in nats; the model has the weights of epoch `kept_epoch`."""
+
+    losses: tuple[float, ...]
+    kept_epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Bounds:
+    """The weight of a quantized layer, its amax per channel, and which entries reach it, with their values."""
+
+    weight: torch.Tensor
+    amax: torch.Tensor
+    reaches: torch.Tensor
+    values: torch.Tensor
+
+
+def fine_tune_(
+    model: nn.Module,
+    plan: PlacementPlan,
+    *,
+    train: Examples,
+    mean: Sequence[float],
+    std: Sequence[float],
+    epochs: int,
+    learning_rate: float,
+    seed: int,
+    progress: Callable[[int], None],
+) -> FineTuned:
+    """Trains the weights of a fake-quantized model in place and leaves those of the epoch with the least loss.
+
+    Args:
+        model: a fake-quantized model in `eval()`, in which it stays: there is no dropout, and BatchNorm that could not
+            be folded keeps its statistics.
+        plan: the plan it was built from.
+        train: pixels, uint8 (n, h, w, c), and labels (n,) in [0, k).
+        mean: per channel, in units of [0, 1].
+        std: per channel, in units of [0, 1].
+        epochs: passes over the images, at least 1.
+        learning_rate: peak of the one-cycle schedule.
+        seed: of the order of the images.
+        progress: called with the number of finished epochs.
+
+    Returns:
+        The loss on `train` before training and after every epoch. Epoch 0 is kept where training made it worse, and a
+        loss that is not finite ends the training.
+
+    In each channel the weights that reach its amax stay, and the others stay within it: max |w|, from which the export
+    computes the scale, is then the amax the weights were trained with.
+
+    Raises:
+        CalibrationError: there is no image.
+    """
+    if len(train[0]) == 0:
+        raise CalibrationError("QAT was given 0 images; expected at least 1. Raise calibration.images.")
+    parameters = [parameter.requires_grad_(True) for parameter in model.parameters()]
+    bounds = _weight_bounds(model, plan)
+    optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=MOMENTUM)
+    order = np.random.Generator(np.random.PCG64(seed))
+    steps = min(max(math.ceil(len(train[0]) / BATCH_SIZE), LEAST_STEPS), len(train[0]))
+    with exportable_fake_quant():
+        losses = [evaluate_classifier(model, train, mean=mean, std=std)[0]]
+        kept_epoch, kept = 0, copy.deepcopy(model.state_dict())
+        for epoch in range(1, epochs + 1):
+            rates = learning_rates(epoch, epochs=epochs, steps=steps, peak=learning_rate)
+            for rate, chosen in zip(rates, np.array_split(order.permutation(len(train[0])), steps), strict=True):
+                optimizer.param_groups[0]["lr"] = rate
+                images = torch.from_numpy(network_input(train[0][chosen], mean=mean, std=std))
+                _step_(model, optimizer, images, torch.from_numpy(train[1][chosen]))
+                _keep_within_(bounds)
+            losses.append(evaluate_classifier(model, train, mean=mean, std=std)[0])
+            progress(epoch)
+            if not math.isfinite(losses[-1]):
+                break
+            if losses[-1] < losses[kept_epoch]:
+                kept_epoch, kept = epoch, copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            value.copy_(kept[name])
+    return FineTuned(tuple(losses), kept_epoch)
+
+
+def _step_(model: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, labels: torch.Tensor) -> None:
+    loss = nn.functional.cross_entropy(model(images), labels)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+
+
+def _weight_bounds(model: nn.Module, plan: PlacementPlan) -> list[_Bounds]:
+    bounds = []
+    for spec in plan.weights:
+        weight = model.get_submodule(spec.readers[0]).weight
+        assert isinstance(weight, torch.Tensor)
+        others = [dimension for dimension in range(weight.ndim) if dimension != spec.axis]
+        values = weight.detach().clone()
+        amax = values.abs().amax(others, keepdim=True)
+        bounds.append(_Bounds(weight, amax, values.abs() == amax, values))
+    return bounds
+
+
+def _keep_within_(bounds: Sequence[_Bounds]) -> None:
+    with torch.no_grad():
+        for bound in bounds:
+            clipped = torch.maximum(torch.minimum(bound.weight, bound.amax), -bound.amax)
+            bound.weight.copy_(torch.where(bound.reaches, bound.values, clipped))
+
+
+def unfolded_state(original: nn.Module, folded: FoldedModel, tuned: nn.Module) -> dict[str, torch.Tensor]:
+    """Returns a state dict of the original network that folds to the weights of a fine-tuned folded one.
+
+    Args:
+        original: the network before folding, with any weights.
+        folded: what `fold_model` made of it.
+        tuned: a fake-quantized copy of the folded model.
+
+    A folded BatchNorm becomes the addition of its layer's bias: weight 1, bias 0, variance 1 - eps, mean -bias.
+    """
+    state = {name: value.detach().clone() for name, value in original.state_dict().items()}
+    trained = {name: value.detach().clone() for name, value in tuned.state_dict().items()}
+    for name in folded.module.state_dict():
+        if name in state:
+            state[name] = trained[name]
+    for norm, layer in _folded_batchnorms(original, folded).items():
+        neutral = {"weight": 1.0, "bias": 0.0, "running_var": 1.0 - original.get_submodule(norm).eps}
+        for name, value in neutral.items():
+            if f"{norm}.{name}" in state:
+                state[f"{norm}.{name}"].fill_(value)
+        state[f"{norm}.running_mean"] = -trained[f"{layer}.bias"]
+        if f"{layer}.bias" in state:
+            state[f"{layer}.bias"].zero_()
+    return state
+
+
+def _folded_batchnorms(original: nn.Module, folded: FoldedModel) -> dict[str, str]:
+    """The layer into which each BatchNorm that is gone was folded, by their names."""
+    if not folded.traced:
+        return {}
+    remaining = {name for name, _ in folded.module.named_modules()}
+    layers = {name for name, module in original.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+    found = {}
+    for node in fx.symbolic_trace(original).graph.nodes:
+        if node.op != "call_module" or node.target in remaining:
+            continue
+        if isinstance(original.get_submodule(node.target), _BATCHNORMS):
+            source = node.args[0]
+            while source.target not in layers:  # dropout and identities between the two are gone as well
+                source = source.args[0]
+            found[node.target] = source.target
+    return found
