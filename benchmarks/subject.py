@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from ptq import datasets
+from ptq.arrays import npy_from_array
 from ptq.benchmarking import machine_description
-from ptq.calibration import amax_table, statistics_from_files
+from ptq.calibration import amax_table, corrected_biases, means_by_name, statistics_from_files
 from ptq.config import Dialect, Method, PreprocessingConfig, QuantizationConfig
-from ptq.evaluation import npy_from_array
 from ptq.histogram import Histograms
 from ptq.images import network_input
 from ptq.onnx_graph import write_candidate
@@ -111,18 +111,26 @@ class Subject:
             bins=4096,
             threads=0,
         )
-        return trial
+        self.means = means_by_name([trial], plan=self.prepared.plan)
+        return trial.histograms
 
     def amax(self, histograms: Histograms, dialect: Dialect, method: Method) -> dict[str, float]:
         """Returns the amax table of one method."""
         return amax_table(histograms, plan=self.prepared.plan, dialect=dialect, method=method, percentile=99.99)
 
-    def graph(self, amax: dict[str, float], dialect: Dialect, name: str) -> Path:
+    def biases(self) -> dict[str, np.ndarray]:
+        """Returns the corrected biases from the images that `histograms` read."""
+        return corrected_biases(self.template, plan=self.prepared.plan, means=self.means, trial=0)
+
+    def graph(
+        self, amax: dict[str, float], dialect: Dialect, name: str, biases: dict[str, np.ndarray] | None = None
+    ) -> Path:
         """Writes the Q/DQ graph of an amax table and returns its path."""
         path = self.directory / f"{name}.onnx"
         write_candidate(
-            self.template, path, plan=self.prepared.plan, dialect=dialect, activation_amax=amax, metadata={}
-        )
+            self.template, path, plan=self.prepared.plan, dialect=dialect, activation_amax=amax, metadata={},
+            biases=biases,
+        )  # fmt: skip
         return path
 
 

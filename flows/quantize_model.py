@@ -28,7 +28,7 @@ from ptq.records import (
 )
 from tasks.amax import compute_amax
 from tasks.benchmark import benchmark
-from tasks.calibration import collect_statistics
+from tasks.calibration import collect_statistics, correct_biases
 from tasks.data import draw_calibration_images, index_images, prepare_split
 from tasks.engine import build_engine, list_precisions, resolve_engine
 from tasks.evaluation import evaluate, evaluate_baseline, select_candidate
@@ -91,15 +91,20 @@ def quantize_model(config: PtqConfig) -> RunResult:
     statistics = collect_statistics(
         model, draws, preprocessing, bins=calibration.bins, threads=config.engine.threads, run=run
     )
+    template = export_qdq(model, run=run)
+    biases = [
+        correct_biases(statistics, model, template, trial, run=run) if config.quantization.bias_correction else None
+        for trial in range(calibration.trials)
+    ]
     pairs = [(trial, method) for method in calibration.methods for trial in range(calibration.trials)]
     tables = compute_amax.map(
         unmapped(statistics), unmapped(model), [trial for trial, _ in pairs], [method for _, method in pairs],
-        percentile=calibration.percentile, dialect=dialects[0], run=unmapped(run),
+        [biases[trial] for trial, _ in pairs], percentile=calibration.percentile, dialect=dialects[0],
+        run=unmapped(run),
     ).result()  # fmt: skip
-    template = export_qdq(model, run=run)
 
     baseline = evaluate_baseline(model, images, preprocessing, engine=config.engine, identity=identity, run=run)
-    distinct = {table.table.sha256: table for table in reversed(tables)}
+    distinct = {table.identity: table for table in reversed(tables)}
     candidates = evaluate.map(
         unmapped(model), unmapped(template), list(reversed(distinct.values())), unmapped(baseline), unmapped(images),
         unmapped(preprocessing), engine=unmapped(config.engine), identity=unmapped(identity), dialect=dialects[0],

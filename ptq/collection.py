@@ -9,13 +9,24 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from ptq.bias_correction import ChannelSums, channel_sums_of, empty_channel_sums, merge_channel_sums
 from ptq.errors import CalibrationError
 from ptq.histogram import Histograms, add_, empty_histograms, histograms_of, merge
 from ptq.images import network_input
+
+
+@dataclass(frozen=True, slots=True)
+class TrialStatistics:
+    """What one trial's images left: a histogram per tensor, and channel sums of the tensors that layers read."""
+
+    histograms: Histograms
+    channel_sums: ChannelSums
+
 
 Reader = Callable[[Float[np.ndarray, "1 c h w"]], Sequence[Float[np.ndarray, "..."]]]
 Progress = Callable[[int, int], None]
@@ -27,19 +38,21 @@ def collect_statistics(
     *,
     draws: Sequence[Sequence[int]],
     names: Sequence[str],
+    channel_axes: Sequence[int | None],
     image_names: Sequence[str],
     mean: Sequence[float],
     std: Sequence[float],
     bins: int,
     progress: Progress | None = None,
-) -> list[Histograms]:
-    """Returns the histograms of every trial, each over exactly the images it drew.
+) -> list[TrialStatistics]:
+    """Returns the statistics of every trial, each over exactly the images it drew.
 
     Args:
         readers: one function per worker, from a normalized image (1, c, h, w) to one tensor per name.
         pixels: all calibration images, uint8.
         draws: per trial the positions in `pixels` of its images, each at most once.
         names: names of the observed tensors, in the order of the readers' results.
+        channel_axes: the channel axis of each tensor; None where its channel means are not needed.
         image_names: a name per image of `pixels`, for messages.
         mean: per channel, in units of [0, 1].
         std: per channel, in units of [0, 1].
@@ -61,18 +74,22 @@ def collect_statistics(
     lock = threading.Lock()
     done, reported = 0, 0.0
 
-    def work(reader: Reader) -> list[Histograms]:
+    def work(reader: Reader) -> list[TrialStatistics]:
         nonlocal done, reported
-        parts = [empty_histograms(len(names), bins=bins) for _ in draws]
+        histograms = [empty_histograms(len(names), bins=bins) for _ in draws]
+        sums = [empty_channel_sums() for _ in draws]
         while True:
             with lock:
                 position = next(pending, None)
             if position is None:
-                return parts
+                return [TrialStatistics(*pair) for pair in zip(histograms, sums, strict=True)]
             image = network_input(pixels[position : position + 1], mean=mean, std=std)
-            found = histograms_of(reader(image), bins=bins, names=names, image=image_names[position])
+            tensors = reader(image)
+            found = histograms_of(tensors, bins=bins, names=names, image=image_names[position])
+            found_sums = channel_sums_of(tensors, axes=channel_axes)
             for trial in trials_of[position]:
-                add_(parts[trial], found)
+                add_(histograms[trial], found)
+                sums[trial] = merge_channel_sums(sums[trial], found_sums)
             with lock:
                 done += 1
                 if progress and (time.monotonic() - reported > 0.1 or done == len(trials_of)):
@@ -83,5 +100,12 @@ def collect_statistics(
         parts = list(pool.map(work, readers))
     merged = parts[0]
     for part in parts[1:]:
-        merged = [merge(left, right) for left, right in zip(merged, part, strict=True)]
+        merged = [merge_statistics(left, right) for left, right in zip(merged, part, strict=True)]
     return merged
+
+
+def merge_statistics(left: TrialStatistics, right: TrialStatistics) -> TrialStatistics:
+    """Returns the statistics of the images of both: exact, commutative, associative."""
+    return TrialStatistics(
+        merge(left.histograms, right.histograms), merge_channel_sums(left.channel_sums, right.channel_sums)
+    )

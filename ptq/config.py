@@ -98,6 +98,7 @@ class QuantizationConfig(_Section):
     first_layer: bool = Field(True, description="Quantize the first convolution.")
     last_layer: bool = Field(True, description="Quantize the last linear layer.")
     skip_layers: tuple[str, ...] = Field((), description="Layers left in float, by module name.")
+    bias_correction: bool = Field(True, description="Take the mean error of rounded weights back in the biases.")
     dialects: tuple[Dialect, ...] = Field(
         (), description="Dialects of the Q/DQ graph to write; empty: the one of the engine."
     )

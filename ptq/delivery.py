@@ -155,8 +155,8 @@ def _verdict_candidates(findings: RunFindings) -> tuple[VerdictCandidate, ...]:
     for record in findings.tables:
         name = f"{record.method}-{record.trial}"
         # What was evaluated itself counts as itself: QAT has the amax table of another candidate and other weights.
-        source = name if name in evaluated else owner[record.table.sha256]
-        owner.setdefault(record.table.sha256, source)
+        source = name if name in evaluated else owner[record.identity]
+        owner.setdefault(record.identity, source)
         metrics = evaluated[source].on(test)
         rows.append(
             VerdictCandidate(

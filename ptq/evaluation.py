@@ -4,7 +4,6 @@ Builds the graph, runs it over every split and turns the logits into metrics and
 everything else can be computed later without inference.
 """
 
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 
+from ptq.arrays import npz_from_arrays
 from ptq.config import Precision
 from ptq.engines.interface import Engine
 from ptq.inference import logits_of
@@ -97,23 +97,3 @@ def evaluate_graph(
     finally:
         runner.close()
     return Evaluation(tuple(metrics), parquet_from_tables(tables), npz_from_arrays(logits))
-
-
-def npz_from_arrays(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """Returns arrays by name as one npz file without pickles."""
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
-    return buffer.getvalue()
-
-
-def arrays_from_npz(path: Path) -> dict[str, np.ndarray]:
-    """Returns the arrays of an npz file; pickles are refused."""
-    with np.load(path, allow_pickle=False) as content:
-        return {name: content[name] for name in content.files}
-
-
-def npy_from_array(array: np.ndarray) -> bytes:
-    """Returns an array as an npy file without pickles."""
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ptq.errors import UsageError
-from ptq.records import PlacementPlan, QuantizerSpec
+from ptq.records import LayerInput, PlacementPlan, QuantizerSpec
 
 WEIGHTED_LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 _AVERAGE_POOLS = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
@@ -101,7 +101,10 @@ def place_quantizers(
             for name in quantized
         ]
         warning = "residual adds and pools stay in float: the model could not be traced"
-        return PlacementPlan((*activations, *weights), tuple(quantized), tuple(skipped), 0, 0, False, (warning,))
+        inputs = tuple(LayerInput(name, name, _channel_axis(module.get_submodule(name))) for name in quantized)
+        return PlacementPlan(
+            (*activations, *weights), tuple(quantized), tuple(skipped), 0, 0, False, (warning,), inputs
+        )
     assert isinstance(module, fx.GraphModule)
     requests = _Requests(module, commuting_pools)
     for node in module.graph.nodes:
@@ -125,7 +128,23 @@ def place_quantizers(
         quantized_residual_adds=len(adds) if residuals else 0,
         traced=True,
         warnings=(),
+        layer_inputs=_layer_inputs(module, quantized),
     )
+
+
+def _layer_inputs(module: fx.GraphModule, layers: Collection[str]) -> tuple[LayerInput, ...]:
+    """What each layer reads; a quantizer is named after the tensor its readers read, wherever it was moved."""
+    found: dict[str, LayerInput] = {}
+    for node in module.graph.nodes:
+        if node.op == "call_module" and node.target in layers:
+            axis = _channel_axis(module.get_submodule(node.target))
+            found.setdefault(node.target, LayerInput(node.target, _tensor_input(node).name, axis))
+    return tuple(found.values())
+
+
+def _channel_axis(layer: nn.Module) -> int:
+    """The axis of the input channels: the last for a linear layer, else the second."""
+    return -1 if isinstance(layer, nn.Linear) else 1
 
 
 def _weighted_layers(module: nn.Module, traced: bool) -> list[str]:

@@ -82,7 +82,7 @@ def prepare_model(
     plan = place_quantizers(
         folded.module,
         traced=folded.traced,
-        **quantization.model_dump(exclude={"dialects"}),
+        **quantization.model_dump(exclude={"dialects", "bias_correction"}),
     )
     files = {
         "weights": directory / "weights.safetensors",

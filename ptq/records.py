@@ -111,6 +111,15 @@ class QuantizerSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerInput:
+    """Which activation quantizer's tensor a quantized layer reads, and the tensor's channel axis."""
+
+    layer: str
+    quantizer: str
+    channel_axis: int
+
+
+@dataclass(frozen=True, slots=True)
 class PlacementPlan:
     """Where quantizers go, and what stays in float and why."""
 
@@ -121,6 +130,7 @@ class PlacementPlan:
     quantized_residual_adds: int
     traced: bool
     warnings: tuple[str, ...]
+    layer_inputs: tuple[LayerInput, ...] = ()
 
     @property
     def activations(self) -> tuple[QuantizerSpec, ...]:
@@ -154,9 +164,13 @@ class ModelRecord:
 
 @dataclass(frozen=True, slots=True)
 class StatisticsRecord:
-    """Histograms of every trial: npz with counts (trials, tensors, bins), exponents, maxima, zeros."""
+    """Histograms of every trial: npz with counts (trials, tensors, bins), exponents, maxima, zeros.
+
+    `channel_means` is npz with a float64 array per trial and tensor, named `<trial>.<tensor>`.
+    """
 
     histograms: ArtifactRef
+    channel_means: ArtifactRef
     tensors: tuple[str, ...]
     trials: int
     images: int
@@ -165,15 +179,22 @@ class StatisticsRecord:
 
 @dataclass(frozen=True, slots=True)
 class AmaxRecord:
-    """The amax of every activation quantizer for one trial and method. Equal tables have equal `table.sha256`.
+    """The amax of every activation quantizer for one trial and method, and the corrected biases that go with them.
 
-    `method` is one a person may choose (`config.Method`), or names a fallback: `per_layer`, or a method followed by
-    `_float` and a number of layers, or by `_qat`.
+    `biases` is npz by layer name, None where biases are left alone. `method` is one a person may choose
+    (`config.Method`), or names a fallback: `per_layer`, or a method followed by `_float` and a number of layers, or
+    by `_qat`.
     """
 
     trial: int
     method: str
     table: ArtifactRef
+    biases: ArtifactRef | None = None
+
+    @property
+    def identity(self) -> str:
+        """What makes two candidates one: the digests of the table and of the biases."""
+        return f"{self.table.sha256}{self.biases.sha256 if self.biases else ''}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -223,13 +223,13 @@ def _rows_of_all_trials(
                 f"{candidate.candidate} comes from {origin[0]}, trial {origin[1]}, which has no amax table; "
                 f"there are tables for {sorted(table_of)}."
             )
-        top1_of[table_of[origin].table.sha256] = candidate.on(split).top1_percent
-    unmeasured = [(record.method, record.trial) for record in tables if record.table.sha256 not in top1_of]
+        top1_of[table_of[origin].identity] = candidate.on(split).top1_percent
+    unmeasured = [(record.method, record.trial) for record in tables if record.identity not in top1_of]
     if unmeasured:
         raise ValueError(
             f"No candidate was evaluated for the amax tables of {unmeasured}; expected one for each table."
         )
-    return [(record.method, record.trial, top1_of[record.table.sha256]) for record in tables]
+    return [(record.method, record.trial, top1_of[record.identity]) for record in tables]
 
 
 def _compare(best: EvaluationRecord, images: ComparedImages, test_split: str) -> PairedComparison:

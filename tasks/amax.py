@@ -6,7 +6,7 @@ from ptq.calibration import amax_table
 from ptq.config import Dialect, Method
 from ptq.histogram import trials_from_bytes
 from ptq.preparation import plan_from_file
-from ptq.records import AmaxRecord, ModelRecord, StatisticsRecord
+from ptq.records import AmaxRecord, ArtifactRef, ModelRecord, StatisticsRecord
 from ptq.store import open_store
 from tasks.stage import RunContext, stage
 
@@ -17,12 +17,13 @@ def compute_amax(
     model: ModelRecord,
     trial: int,
     method: Method,
+    biases: ArtifactRef | None = None,
     *,
     percentile: float,
     dialect: Dialect,
     run: RunContext,
 ) -> AmaxRecord:
-    """Compute the amax of every activation quantizer for one trial by one method."""
+    """Compute the amax of every activation quantizer for one trial by one method; biases go with the candidate."""
     store = open_store(run.store_uri)
     trials = trials_from_bytes(store.get_bytes(statistics.histograms))
     table = amax_table(
@@ -33,4 +34,4 @@ def compute_amax(
         percentile=percentile,
     )
     data = json.dumps(table, indent=1, sort_keys=True).encode()
-    return AmaxRecord(trial=trial, method=method, table=store.put_bytes(data, "amax.json"))
+    return AmaxRecord(trial=trial, method=method, table=store.put_bytes(data, "amax.json"), biases=biases)

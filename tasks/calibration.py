@@ -2,11 +2,12 @@
 
 from prefect.logging import get_run_logger
 
-from ptq.calibration import statistics_from_files
+from ptq.arrays import arrays_from_npz, npz_from_arrays
+from ptq.calibration import corrected_biases, means_by_name, statistics_from_files
 from ptq.config import PreprocessingConfig
 from ptq.histogram import bytes_from_trials
 from ptq.preparation import plan_from_file
-from ptq.records import CalibrationDraws, ModelRecord, StatisticsRecord
+from ptq.records import ArtifactRef, CalibrationDraws, ModelRecord, StatisticsRecord
 from ptq.store import open_store
 from tasks.progress import progress_logger
 from tasks.stage import RunContext, stage
@@ -44,9 +45,25 @@ def collect_statistics(
         draws.prepared.images,
     )
     return StatisticsRecord(
-        histograms=store.put_bytes(bytes_from_trials(trials), "histograms.npz"),
+        histograms=store.put_bytes(bytes_from_trials([trial.histograms for trial in trials]), "histograms.npz"),
+        channel_means=store.put_bytes(npz_from_arrays(means_by_name(trials, plan=plan)), "channel_means.npz"),
         tensors=tuple(spec.name for spec in plan.activations),
         trials=len(trials),
         images=draws.prepared.images,
         images_per_trial=len(draws.indices[0]),
     )
+
+
+@stage(returns=ArtifactRef, timeout_seconds=600)
+def correct_biases(
+    statistics: StatisticsRecord, model: ModelRecord, template: ArtifactRef, trial: int, *, run: RunContext
+) -> ArtifactRef:
+    """Compute the biases that undo the mean error of rounded weights, from one trial's images."""
+    store = open_store(run.store_uri)
+    biases = corrected_biases(
+        store.get_path(template),
+        plan=plan_from_file(store.get_path(model.plan)),
+        means=arrays_from_npz(store.get_path(statistics.channel_means)),
+        trial=trial,
+    )
+    return store.put_bytes(npz_from_arrays(biases), "biases.npz")

@@ -7,8 +7,8 @@ import numpy as np
 from prefect.logging import get_run_logger
 
 from ptq import datasets
+from ptq.arrays import npy_from_array
 from ptq.config import CalibrationConfig, PreprocessingConfig
-from ptq.evaluation import npy_from_array
 from ptq.records import CalibrationDraws, DataRecord, PreparedImages
 from ptq.store import Store, open_store
 from tasks.progress import progress_logger

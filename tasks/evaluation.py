@@ -7,9 +7,10 @@ from pathlib import Path
 
 from prefect.logging import get_run_logger
 
+from ptq.arrays import arrays_from_npz
 from ptq.config import Dialect, EngineConfig, Precision, PreprocessingConfig
 from ptq.engines import open_engine
-from ptq.evaluation import Evaluation, arrays_from_npz, evaluate_graph, split_images_from_files
+from ptq.evaluation import Evaluation, evaluate_graph, split_images_from_files
 from ptq.metrics import tables_from_parquet
 from ptq.onnx_graph import write_candidate
 from ptq.preparation import plan_from_file
@@ -70,6 +71,7 @@ def evaluate(
             plan=plan_from_file(store.get_path(model.plan)),
             dialect=dialect,
             activation_amax=json.loads(store.get_bytes(amax.table)),
+            biases=arrays_from_npz(store.get_path(amax.biases)) if amax.biases else None,
             metadata={},
         )
         what = f"{amax.method}-{amax.trial} images"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from prefect.logging import get_run_logger
 
+from ptq.arrays import arrays_from_npz
 from ptq.config import Dialect
 from ptq.onnx_graph import write_candidate
 from ptq.preparation import plan_from_file, write_template
@@ -48,6 +49,7 @@ def write_graph(
             plan=plan,
             dialect=dialect,
             activation_amax=json.loads(store.get_bytes(amax.table)),
+            biases=arrays_from_npz(store.get_path(amax.biases)) if amax.biases else None,
             metadata={"checkpoint_sha256": model.checkpoint_sha256, "method": amax.method, "trial": str(amax.trial)},
         )
         return GraphRecord(onnx=store.put_file(path), dialect=dialect, quantizers=len(plan.quantizers))

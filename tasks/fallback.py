@@ -15,6 +15,7 @@ from ptq.config import CalibrationConfig, Dialect, FallbackConfig, GateConfig, P
 from ptq.preparation import plan_from_file
 from ptq.records import (
     AmaxRecord,
+    ArtifactRef,
     Attempt,
     CalibrationDraws,
     FineTuning,
@@ -64,7 +65,9 @@ def choose_methods(
     )
     what = fallback.describe_choices(choices)
     get_run_logger().info("Trying %s", what)
-    return MethodChoice(_amax_record(store, table, method="per_layer", trial=trial), choices, what)
+    return MethodChoice(
+        _amax_record(store, table, method="per_layer", trial=trial, biases=tables[0].biases), choices, what
+    )
 
 
 @stage(returns=LayerRanking, timeout_seconds=24 * 3600, ignore=("threads",))
@@ -121,8 +124,12 @@ def carry_amax(
             progress=progress_logger("Calibration images"),
         )  # fmt: skip
         method = fallback.as_method(amax.method)
-        table = amax_table(trial, plan=plan, dialect=dialect, method=method, percentile=calibration.percentile)
-    return _amax_record(store, table, method=f"{amax.method}_{label}", trial=amax.trial)
+        table = amax_table(
+            trial.histograms, plan=plan, dialect=dialect, method=method, percentile=calibration.percentile
+        )
+    # Corrected biases belong to the weights they were computed from.
+    biases = amax.biases if source.weights == target.weights else None
+    return _amax_record(store, table, method=f"{amax.method}_{label}", trial=amax.trial, biases=biases)
 
 
 @stage(returns=FineTuning, timeout_seconds=7 * 24 * 3600, ignore=("threads",))
@@ -190,6 +197,8 @@ def _images(
     )
 
 
-def _amax_record(store: Store, table: dict[str, float], *, method: str, trial: int) -> AmaxRecord:
+def _amax_record(
+    store: Store, table: dict[str, float], *, method: str, trial: int, biases: ArtifactRef | None
+) -> AmaxRecord:
     data = json.dumps(table, indent=1, sort_keys=True).encode()
-    return AmaxRecord(trial=trial, method=method, table=store.put_bytes(data, "amax.json"))
+    return AmaxRecord(trial=trial, method=method, table=store.put_bytes(data, "amax.json"), biases=biases)

@@ -29,11 +29,12 @@ def prepared(tmp_path_factory):
 
 
 def histograms(prepared, draws, pixels=PIXELS):
-    return collect_statistics(
+    found = collect_statistics(
         open_activation_readers(prepared.files["observed_onnx"], workers=1), pixels, draws=draws,
         names=observed_names(prepared.plan), image_names=[str(i) for i in range(len(pixels))], mean=MEAN, std=STD,
-        bins=1024,
+        bins=1024, channel_axes=[None] * len(observed_names(prepared.plan)),
     )  # fmt: skip
+    return [trial.histograms for trial in found]
 
 
 def tables(prepared, method, **options):

@@ -14,19 +14,24 @@ def reader(image):
 
 def collect(draws, *, workers=1, pixels=PIXELS, progress=None):
     return collect_statistics(
-        [reader] * workers, pixels, draws=draws, names=NAMES, image_names=[f"{i}.png" for i in range(len(pixels))],
+        [reader] * workers, pixels, draws=draws, names=NAMES, channel_axes=[1, 1],
+        image_names=[f"{i}.png" for i in range(len(pixels))],
         mean=[0.5], std=[0.5], bins=256, progress=progress,
     )  # fmt: skip
 
 
 def bits(trials):
-    return [(t.counts.tobytes(), t.exponents.tobytes(), t.maxima.tobytes(), t.zeros.tobytes()) for t in trials]
+    arrays = [
+        [t.histograms.counts, t.histograms.exponents, t.histograms.maxima, t.histograms.zeros, *t.channel_sums.sums]
+        for t in trials
+    ]
+    return [[array.tobytes() for array in trial] for trial in arrays]
 
 
 def test_a_trial_counts_exactly_the_images_it_drew():
     first, second = collect([[0, 1, 2], [2, 8]])
-    assert first.totals.tolist() == [3 * 36, 3 * 36]
-    assert second.totals.tolist() == [2 * 36, 2 * 36]
+    assert first.histograms.totals.tolist() == [3 * 36, 3 * 36]
+    assert second.histograms.totals.tolist() == [2 * 36, 2 * 36]
 
 
 @pytest.mark.parametrize("workers", [2, 4])
@@ -65,5 +70,13 @@ def test_an_activation_that_is_not_finite_stops_the_pass():
 
     with pytest.raises(CalibrationError, match=r"Activation relu holds NaN or infinity for image 0\.png"):
         collect_statistics(
-            [broken], PIXELS, draws=[[0]], names=NAMES, image_names=["0.png"], mean=[0.5], std=[0.5], bins=256
+            [broken],
+            PIXELS,
+            draws=[[0]],
+            names=NAMES,
+            channel_axes=[1, 1],
+            image_names=["0.png"],
+            mean=[0.5],
+            std=[0.5],
+            bins=256,
         )
