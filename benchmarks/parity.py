@@ -25,7 +25,7 @@ def main() -> None:
     histograms = subject.histograms()
     state = safetensors.torch.load_file(subject.prepared.files["weights"])
     folded = folded_from_state(
-        state, name=options.model, num_classes=subject.prepared.num_classes, channels=options.channels, source="weights"
+        state, name=options.model, num_classes=subject.prepared.num_classes, input_shape=subject.shape, source="weights"
     )
     found = {}
     for dialect in ("cpu", "tensorrt"):

@@ -52,7 +52,12 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads of the engine; 0:
 Engine = Annotated[str | None, typer.Option(help="auto, openvino, tensorrt or onnxruntime.")]
 Channels = Annotated[int | None, typer.Option(help="Channels of the network's input, 1 or 3.")]
 Resize = Annotated[int | None, typer.Option(help="Shorter side after resizing, in pixels.")]
-Crop = Annotated[int | None, typer.Option(help="Side of the centred crop, in pixels; 0 or left out: the config's.")]
+Crop = Annotated[
+    int | None,
+    typer.Option(
+        help="Side of the centred crop, in pixels; left out: the config's, or the resized side where that is below 224."
+    ),
+]
 Mean = Annotated[list[float] | None, typer.Option(help="Mean per channel, in units of [0, 1]; repeat per channel.")]
 Std = Annotated[list[float] | None, typer.Option(help="Standard deviation per channel; repeat per channel.")]
 
@@ -98,7 +103,7 @@ class Terminal:
         bar = self._bars[what]
         self._progress.update(bar, completed=done, total=total)
         speed = self._progress.tasks[self._progress.task_ids.index(bar)].speed
-        self._progress.update(bar, rate=f"{speed:.0f}/s" if speed else "")
+        self._progress.update(bar, rate=f"{speed:.{0 if speed >= 10 else 1}f}/s" if speed else "")
         if done >= total:
             self._progress.remove_task(self._bars.pop(what))
 
@@ -163,10 +168,16 @@ def _merged(base: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _preprocessing(channels: Any, resize: Any, crop: Any, mean: Any, std: Any) -> dict[str, Any]:
-    """Returns the preprocessing section; a resize below the default crop also sets the crop."""
-    if resize is not None and crop is None and resize < 224:
-        crop = resize
+    """Returns the preprocessing section of the options."""
     return {"channels": channels, "resize": resize, "crop": crop, "mean": mean, "std": std}
+
+
+def _with_implied_crop(content: dict[str, Any]) -> dict[str, Any]:
+    """Returns a config whose crop, where none is given, is the resized side if that is below the default crop."""
+    section = (content.get("data") or {}).get("preprocessing") if isinstance(content.get("data"), dict) else content
+    if isinstance(section, dict) and "crop" not in section and isinstance(section.get("resize"), int):
+        section["crop"] = min(section["resize"], 224)
+    return content
 
 
 def _run_flow(flow: Any, **arguments: Any) -> Any:
@@ -236,7 +247,7 @@ def quantize(
     }  # fmt: skip
     content = _merged(load_yaml(config) if config else {}, options)
     source = f"Config file {config} with the options given" if config else "The options given"
-    _quantize(_validated(PtqConfig, content, source), as_json)
+    _quantize(_validated(PtqConfig, _with_implied_crop(content), source), as_json)
 
 
 def _quantize(config: PtqConfig, as_json: bool) -> None:
@@ -302,14 +313,15 @@ def train(
         "learning_rate": learning_rate, "seed": seed,
         "data": {"path": data, "preprocessing": _preprocessing(channels, resize, crop, mean, std)},
     }  # fmt: skip
-    settings = _validated(TrainingConfig, _merged(load_yaml(config) if config else {}, options), "The options given")
-    _train(settings, store=store, threads=threads, as_json=as_json)
+    content = _with_implied_crop(_merged(load_yaml(config) if config else {}, options))
+    settings = _validated(TrainingConfig, content, "The options given")
+    _train(settings, store=store, threads=threads, as_json=as_json, quiet=as_json)
 
 
-def _train(settings: TrainingConfig, *, store: str, threads: int, as_json: bool) -> None:
+def _train(settings: TrainingConfig, *, store: str, threads: int, as_json: bool, quiet: bool) -> None:
     from flows.train_model import train_model
 
-    with Terminal(quiet=as_json) as terminal:
+    with Terminal(quiet=quiet) as terminal:
         terminal.say(f"Training {settings.model} on {settings.data.path}")
         result = _run_flow(train_model, config=settings, store=store, threads=threads)
         if result.held_out_top1_percent is not None:
@@ -328,7 +340,7 @@ def demo(
     """Run the whole job on 1,797 real handwritten digits: train, quantize, benchmark, gate, publish, report."""
     from ptq.demo_data import DEMO, write_digits_folder
 
-    images, store = directory / "digits", f"file://{(directory / 'store').absolute()}"
+    images, store = directory / "digits", (directory / "store").absolute().as_uri()
     write_digits_folder(images, image_size=DEMO.image_size, seed=0)
     preprocessing = {"channels": 1, "resize": DEMO.image_size, "crop": DEMO.image_size, "mean": [0.5], "std": [0.5]}
     data = _validated(DataConfig, {"path": str(images), "preprocessing": preprocessing}, "The demo's data")
@@ -337,7 +349,7 @@ def demo(
         model=DEMO.model, data=data, epochs=DEMO.epochs, batch_size=DEMO.batch_size,
         learning_rate=DEMO.learning_rate, output=checkpoint,
     )  # fmt: skip
-    _train(training, store=store, threads=threads, as_json=as_json)
+    _train(training, store=store, threads=threads, as_json=False, quiet=as_json)
     content = {
         "model": ModelConfig(name=DEMO.model, checkpoint=checkpoint, publish_as=f"{DEMO.model}-digits").model_dump(),
         "data": data.model_dump(),
@@ -368,7 +380,8 @@ def evaluate(
     from ptq.terminal import tables_of_metrics
 
     preprocessing = _preprocessing(channels, resize, crop, mean, std)
-    settings = _validated(DataConfig, _merged({}, {"path": data, "preprocessing": preprocessing}), "The options given")
+    content = _with_implied_crop({"data": _merged({}, {"path": data, "preprocessing": preprocessing})})["data"]
+    settings = _validated(DataConfig, content, "The options given")
     _check_choice("engine", engine, ("auto", "openvino", "tensorrt", "onnxruntime"))
     metrics, class_names = evaluate_file(model, name=name, data=settings, split=split, engine=engine, threads=threads)
     if as_json:
@@ -385,7 +398,9 @@ def export(
     checkpoint: Annotated[Path, typer.Option(help="File with the FP32 weights.")],
     model: Annotated[str, typer.Option(help="Torchvision classifier, or package.module:factory.")] = "resnet50",
     precision: Annotated[str, typer.Option(help="fp32 or fp16.")] = "fp32",
-    batch_size: Annotated[list[int] | None, typer.Option(help="Static batch size; repeat; none: dynamic.")] = None,
+    batch_size: Annotated[
+        list[int] | None, typer.Option(min=1, help="Static batch size; repeat; none: dynamic.")
+    ] = None,
     channels: Channels = None,
     crop: Annotated[int, typer.Option(help="Side of the input, in pixels.")] = 224,
     output: Annotated[Path, typer.Option(help="Folder for the ONNX files.")] = Path("."),
@@ -438,7 +453,7 @@ def validate(
 @app.command()
 def benchmark(
     models: Annotated[list[Path], typer.Argument(help="ONNX files, measured side by side.")],
-    batch_size: Annotated[list[int] | None, typer.Option(help="Batch size; repeat for several.")] = None,
+    batch_size: Annotated[list[int] | None, typer.Option(min=1, help="Batch size; repeat for several.")] = None,
     precision: Annotated[list[str] | None, typer.Option(help="Float precisions measured for float graphs.")] = None,
     engine: Annotated[str, typer.Option(help="auto, openvino, tensorrt or onnxruntime.")] = "auto",
     threads: Annotated[int, typer.Option(help="CPU threads; 0: all cores.")] = 0,

@@ -218,7 +218,8 @@ def _attempts(setting: _Setting, first: RunFindings) -> Iterator[tuple[Attempt, 
             learning_rate=fallback.qat_learning_rate, seed=config.calibration.seed, dialect=dialect, threads=threads,
             run=run,
         )  # fmt: skip
-        amax = replace(best, method=f"{best.method}_qat")
+        # Corrected biases belong to the weights they were computed from; training has changed both.
+        amax = replace(best, method=f"{best.method}_qat", biases=None)
         yield _attempt(setting, first, tuned.model, amax, kind="qat", what=tuned.what)
 
 

@@ -5,7 +5,9 @@ units. Nothing reads a file or keeps state, so each can be checked by hand. Give
 histogram, `mse` and `entropy` choose the same bin as pytorch-quantization 2.1.3 does.
 """
 
+import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numba
 import numpy as np
@@ -81,8 +83,9 @@ def percentile_bin(counts: Int[np.ndarray, "tensors bins"], *, percentile: float
     if not 0.0 < percentile <= 100.0:
         raise ValueError(f"percentile must be in (0, 100], got {percentile}.")
     cumulative = np.cumsum(counts, axis=1)
-    # Exact integer arithmetic: counts pass 2^53 only after 9e15 values.
-    needed = np.ceil(cumulative[:, -1] * (percentile / 100))
+    # Fractions: in floats 10,000 * 99.9 / 100 is a little more than 9,990, and its ceiling one too many.
+    share = Fraction(str(percentile)) / 100
+    needed = np.array([math.ceil(int(total) * share) for total in cumulative[:, -1]])
     return (cumulative < needed[:, None]).sum(axis=1) + 1
 
 

@@ -93,12 +93,14 @@ def corrected_biases(
         means: channel means as `means_by_name` names them.
         trial: whose means are used.
 
-    A layer without a bias in the graph is left out.
+    A layer without a bias in the graph, or that reads several tensors, is left out.
     """
     axes = {spec.readers[0]: spec.axis or 0 for spec in plan.weights}
     quantizers = {read.layer: read.quantizer for read in plan.layer_inputs}
     corrected = {}
     for layer in read_layers(template, plan=plan):
+        if layer.name not in quantizers:
+            continue
         mean = means[f"{trial}.{quantizers[layer.name]}"]
         shift = bias_shift(layer.weight, layer.scale, mean, axis=axes[layer.name], groups=layer.groups)
         corrected[layer.name] = (layer.bias + shift).astype(np.float32)

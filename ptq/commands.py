@@ -63,17 +63,18 @@ def evaluate_file(
             labels=np.array([row.label for row in rows], dtype=np.int64),
             files=[(row.path, row.sha256) for row in rows],
         )
+        outputs = summary.outputs
+        if outputs is not None and outputs <= max(row.label for row in rows):
+            raise ManifestError(
+                f"{model} has {outputs} outputs, and the data has labels up to {max(row.label for row in rows)}. "
+                "Give the data it was trained on."
+            )
         found = evaluate_graph(
             graph, engine=opened, precision="int8" if summary.quantize_nodes else "fp32",
             batch_size=summary.input_shape[0] or 32, float_remainder="fp32", splits=[images],
             mean=preprocessing.mean, std=preprocessing.std, reference_logits=None,
         )  # fmt: skip
     metrics = found.splits[0]
-    if len(metrics.confusion) < len(index.class_names):
-        raise ManifestError(
-            f"{model} has {len(metrics.confusion)} outputs, the data has {len(index.class_names)} classes. "
-            "Give the data it was trained on."
-        )
     return metrics, index.class_names
 
 

@@ -5,7 +5,7 @@ descriptions are the form that the Prefect UI shows. Nothing is computed here.
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -79,14 +79,14 @@ class ModelConfig(_Section):
     checkpoint: str = Field(description="File with the FP32 weights: .pth, .pt or .safetensors.")
     publish_as: str = Field(
         "",
-        pattern=r"^[A-Za-z0-9._-]*$",
+        pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$",
         description="Name under which the model is published; empty: the model's name.",
     )
 
     @property
     def published_name(self) -> str:
         """The name under `models/` in the store."""
-        return self.publish_as or self.name.replace(":", ".")
+        return self.publish_as or self.name.replace(":", ".").lstrip("._-")
 
 
 class QuantizationConfig(_Section):
@@ -145,7 +145,9 @@ class EngineConfig(_Section):
 class BenchmarkConfig(_Section):
     """How latency and throughput are measured."""
 
-    batch_sizes: tuple[int, ...] = Field((1, 32), min_length=1, description="Batch sizes measured, in images.")
+    batch_sizes: tuple[Annotated[int, Field(ge=1, le=65536)], ...] = Field(
+        (1, 32), min_length=1, description="Batch sizes measured, in images."
+    )
     warmup_ms: float = Field(200.0, ge=0, le=60_000, description="Time run before measuring, in milliseconds.")
     duration_s: float = Field(3.0, gt=0, le=600, description="Time measured per precision and batch size, in seconds.")
     min_iterations: int = Field(10, ge=1, le=100_000, description="Least number of measured inferences.")
@@ -198,7 +200,7 @@ class FallbackConfig(_Section):
 class OutputConfig(_Section):
     """Where results go."""
 
-    store: str = Field("file://.ptq/store", description="URI of the artifact store, file:// or s3://bucket/prefix.")
+    store: str = Field("file://.ptq/store", description="URI or path of the folder that holds artifacts.")
     directory: str = Field("ptq-output", description="Folder that receives the report, the graphs and the tables.")
 
 
@@ -253,9 +255,7 @@ def describe_validation_error(error: ValidationError, *, source: str) -> str:
             parts.append(f"{field} is {item['input']!r}: {item['msg']}".replace("Value error, ", ""))
     more = len(error.errors()) - len(parts)
     tail = f" ({more} more)" if more > 0 else ""
-    return (
-        f"{source} cannot be used: {'; '.join(parts)}{tail}. `ptq quantize --help` lists every option with its bounds."
-    )
+    return f"{source} cannot be used: {'; '.join(parts)}{tail}. ptq/config.py lists every field with its bounds."
 
 
 def load_yaml(path: Path) -> dict:
@@ -265,7 +265,9 @@ def load_yaml(path: Path) -> dict:
         UsageError: the file is absent, is not YAML, or holds something else than a mapping.
     """
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UsageError(f"Config file {path} is not UTF-8 text: {error.reason}. Give a YAML file.") from error
     except OSError as error:
         raise UsageError(f"Config file {path} cannot be read: {error.strerror}. Give an existing YAML file.") from error
     except yaml.YAMLError as error:

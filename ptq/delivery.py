@@ -230,7 +230,12 @@ def report_inputs(store: Store, config: PtqConfig, findings: RunFindings, verdic
         draws=findings.draws,
         config_yaml=yaml.safe_dump(to_jsonable(config), sort_keys=False),
         machine={"machine": machine_description(), "system": platform.platform(), "python": platform.python_version()},
-        warnings=(*findings.model.warnings, *findings.draws.warnings, *findings.benchmark.warnings),
+        warnings=(
+            *findings.data.warnings,
+            *findings.model.warnings,
+            *findings.draws.warnings,
+            *findings.benchmark.warnings,
+        ),
         attempts=findings.attempts,
     )
 

@@ -7,8 +7,10 @@ Quantizers are placed elsewhere. The only importer of torchvision.
 
 import hashlib
 import importlib
+import importlib.util
 import logging
 import operator
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,16 +174,40 @@ def _first_line(error: Exception) -> str:
     return line if line.endswith(".") else line + "."
 
 
-def head_size(state: Mapping[str, torch.Tensor]) -> int:
-    """Returns the number of outputs of the last layer: the rows of the last weight that has two or four dimensions.
+def head_size(state: Mapping[str, torch.Tensor], *, name: str, channels: int) -> int:
+    """Returns the number of outputs that a checkpoint gives the network `name`: the rows of its last weight.
 
-    >>> head_size({"fc.weight": torch.zeros(10, 64), "fc.bias": torch.zeros(10)})
-    10
+    The order of the weights is the network's: a checkpoint may name them in any order.
+
+    Raises:
+        CheckpointError: the checkpoint lacks the network's last weight.
     """
-    weights = [value for key, value in state.items() if value.ndim in (2, 4) and key.endswith("weight")]
-    if not weights:
-        raise CheckpointError("The checkpoint has no weight of a linear layer or a convolution; expected a classifier.")
-    return int(weights[-1].shape[0])
+    weights = [key for key, value in create_model(name, num_classes=2, channels=channels).state_dict().items()
+               if value.ndim in (2, 4)]  # fmt: skip
+    if not weights or weights[-1] not in state:
+        found = ", ".join(list(state)[:3])
+        raise CheckpointError(
+            f"The checkpoint has no {weights[-1] if weights else 'weight'}, the last weight of {name}; it has "
+            f"{found}, ... ({len(state)} tensors). Give the weights of {name}, or name their network with --model."
+        )
+    return int(state[weights[-1]].shape[0])
+
+
+def factory_digest(name: str) -> str:
+    """Returns the SHA-256 of the sources of a `package.module:factory`; empty for torchvision's networks.
+
+    All Python files of the factory's top-level package count, or the one file of a top-level module.
+    """
+    if ":" not in name:
+        return ""
+    specification = importlib.util.find_spec(name.split(":")[0].split(".")[0])
+    if specification is None:
+        return ""
+    folders = list(specification.submodule_search_locations or [])
+    files = [path for folder in folders for path in sorted(Path(folder).rglob("*.py"))]
+    if specification.origin and Path(specification.origin).is_file() and not folders:
+        files = [Path(specification.origin)]
+    return hashlib.sha256("".join(file_sha256(path) for path in files).encode()).hexdigest()
 
 
 def load_weights_(model: nn.Module, state: Mapping[str, torch.Tensor], *, name: str, source: str) -> None:
@@ -221,10 +247,15 @@ def load_weights_(model: nn.Module, state: Mapping[str, torch.Tensor], *, name: 
         )
 
 
-def fold_model(model: nn.Module) -> FoldedModel:
+def fold_model(model: nn.Module, *, input_shape: tuple[int, int, int] | None = None) -> FoldedModel:
     """Returns a copy of `model` as a flat graph: BatchNorm folded, dropout gone, nothing in place.
 
-    The input model is not changed. A model that cannot be traced is returned as it is, with a warning.
+    The input model is not changed. A model that cannot be traced, or that computes something else once it was
+    (a tensor changed in place that another layer still reads), is returned as it is, with a warning.
+
+    Args:
+        model: the network, in `eval()`.
+        input_shape: (c, h, w) of a random image on which the two are compared; None leaves that out.
     """
     try:
         graph_module = fx.symbolic_trace(_detached_copy(model))
@@ -240,7 +271,26 @@ def fold_model(model: nn.Module) -> FoldedModel:
     _fold_batchnorm_(graph_module)
     graph_module.graph.lint()
     graph_module.recompile()
-    return FoldedModel(module=graph_module.eval(), traced=True, warning="")
+    graph_module.eval()
+    if input_shape is not None and not _is_same_function(model, graph_module, input_shape):
+        return FoldedModel(
+            module=_detached_copy(model),
+            traced=False,
+            warning=f"{type(model).__name__} computes something else once its in-place operations are "
+            "replaced. Only its convolutions and linear layers are quantized: residual adds and pools stay in float.",
+        )
+    return FoldedModel(module=graph_module, traced=True, warning="")
+
+
+def _is_same_function(model: nn.Module, folded: nn.Module, input_shape: tuple[int, int, int]) -> bool:
+    """Whether both give the same logits for a random image, up to float rounding; true where neither can run."""
+    image = torch.rand(1, *input_shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    try:
+        with torch.inference_mode():
+            expected, found = _detached_copy(model)(image), folded(image)
+    except Exception:  # `check_runs` says what is wrong
+        return True
+    return bool(torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())))
 
 
 def _detached_copy(model: nn.Module) -> nn.Module:
@@ -292,6 +342,7 @@ _FUSERS: dict[type, Callable[[nn.Module, nn.Module], nn.Module]] = {
 
 
 def _fold_batchnorm_(module: fx.GraphModule) -> None:
+    calls = Counter(node.target for node in module.graph.nodes if node.op == "call_module")
     for node in list(module.graph.nodes):
         if node.op != "call_module" or not isinstance(
             module.get_submodule(node.target), nn.BatchNorm1d | nn.BatchNorm2d
@@ -300,6 +351,8 @@ def _fold_batchnorm_(module: fx.GraphModule) -> None:
         source = node.args[0]
         if source.op != "call_module" or len(source.users) != 1:
             continue
+        if calls[node.target] > 1 or calls[source.target] > 1:
+            continue  # a module that is called twice would be folded twice
         layer = module.get_submodule(source.target)
         fuse = _FUSERS.get(type(layer))
         if fuse is None:

@@ -39,17 +39,18 @@ class _InputRecorder(nn.Module):
         super().__init__()
         self.model = copy.deepcopy(model)
         self._names = names
-        self._seen: dict[str, torch.Tensor] = {}
+        self._seen: dict[str, list[torch.Tensor]] = {}
         for name in names:
             self.model.get_submodule(name).register_forward_pre_hook(self._hook(name))
 
     def _hook(self, name: str) -> Any:
         def remember(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            self._seen[name] = arguments[0]
+            self._seen.setdefault(name, []).append(arguments[0].flatten())
 
         return remember
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         self._seen.clear()
         logits = self.model(images)
-        return (logits, *(self._seen[name] for name in self._names))
+        # A layer that is called several times has one quantizer: every call counts.
+        return (logits, *(torch.cat(self._seen[name]) for name in self._names))

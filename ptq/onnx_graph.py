@@ -313,11 +313,12 @@ def _bias_names(model: onnx.ModelProto, plan: PlacementPlan) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class GraphSummary:
-    """What a file is: its input shape with None for a dynamic dimension, its outputs and its Q/DQ pairs."""
+    """What a file is: its input shape with None for a dynamic dimension, its logits and its Q/DQ pairs."""
 
     input_name: str
     input_shape: tuple[int | None, ...]
     output_names: tuple[str, ...]
+    outputs: int | None
     quantize_nodes: int
     metadata: dict[str, str]
 
@@ -345,9 +346,15 @@ def summarize_onnx(path: Path) -> GraphSummary:
         input_name=inputs[0].name,
         input_shape=tuple(d.dim_value if d.HasField("dim_value") else None for d in dimensions),
         output_names=tuple(value.name for value in model.graph.output),
+        outputs=_last_dimension(model.graph.output[0]) if model.graph.output else None,
         quantize_nodes=sum(node.op_type == "QuantizeLinear" for node in model.graph.node),
         metadata={entry.key: entry.value for entry in model.metadata_props},
     )
+
+
+def _last_dimension(value: onnx.ValueInfoProto) -> int | None:
+    dimensions = value.type.tensor_type.shape.dim
+    return dimensions[-1].dim_value if dimensions and dimensions[-1].HasField("dim_value") else None
 
 
 class HalfPrecision(nn.Module):

@@ -101,10 +101,7 @@ def place_quantizers(
             for name in quantized
         ]
         warning = "residual adds and pools stay in float: the model could not be traced"
-        inputs = tuple(LayerInput(name, name, _channel_axis(module.get_submodule(name))) for name in quantized)
-        return PlacementPlan(
-            (*activations, *weights), tuple(quantized), tuple(skipped), 0, 0, False, (warning,), inputs
-        )
+        return PlacementPlan((*activations, *weights), tuple(quantized), tuple(skipped), 0, 0, False, (warning,))
     assert isinstance(module, fx.GraphModule)
     requests = _Requests(module, commuting_pools)
     for node in module.graph.nodes:
@@ -134,12 +131,16 @@ def place_quantizers(
 
 def _layer_inputs(module: fx.GraphModule, layers: Collection[str]) -> tuple[LayerInput, ...]:
     """What each layer reads; a quantizer is named after the tensor its readers read, wherever it was moved."""
-    found: dict[str, LayerInput] = {}
+    calls: dict[str, list[fx.Node]] = {}
     for node in module.graph.nodes:
         if node.op == "call_module" and node.target in layers:
-            axis = _channel_axis(module.get_submodule(node.target))
-            found.setdefault(node.target, LayerInput(node.target, _tensor_input(node).name, axis))
-    return tuple(found.values())
+            calls.setdefault(node.target, []).append(node)
+    # A layer that is called twice reads two tensors: no single mean is its input's.
+    return tuple(
+        LayerInput(name, _tensor_input(nodes[0]).name, _channel_axis(module.get_submodule(name)))
+        for name, nodes in calls.items()
+        if len(nodes) == 1
+    )
 
 
 def _channel_axis(layer: nn.Module) -> int:

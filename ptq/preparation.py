@@ -19,6 +19,7 @@ from ptq.models import (
     FoldedModel,
     check_runs,
     create_model,
+    factory_digest,
     file_sha256,
     fold_model,
     head_size,
@@ -69,14 +70,14 @@ def prepare_model(
         UsageError: there is no such network or layer.
     """
     state = read_state_dict(checkpoint)
-    num_classes = class_count if has_named_classes else head_size(state)
+    num_classes = class_count if has_named_classes else head_size(state, name=name, channels=input_shape[0])
     if num_classes < class_count:
         raise CheckpointError(
             f"Checkpoint {checkpoint} has {num_classes} outputs, and the data has labels up to {class_count - 1}. "
             "Expected one output per class; check the manifest's label column and the checkpoint."
         )
     folded = folded_from_state(
-        state, name=name, num_classes=num_classes, channels=input_shape[0], source=str(checkpoint)
+        state, name=name, num_classes=num_classes, input_shape=input_shape, source=str(checkpoint)
     )
     check_runs(folded.module, input_shape=input_shape, num_classes=num_classes)
     plan = place_quantizers(
@@ -90,7 +91,9 @@ def prepare_model(
         "observed_onnx": directory / "model_observed.onnx",
         "plan": directory / "placement.json",
     }
-    safetensors.torch.save_file({key: value.contiguous() for key, value in sorted(state.items())}, files["weights"])
+    safetensors.torch.save_file(
+        {key: value.contiguous().clone() for key, value in sorted(state.items())}, files["weights"]
+    )
     sha256 = file_sha256(checkpoint)
     export_onnx(folded.module, files["fp32_onnx"], input_shape=input_shape, metadata={"checkpoint_sha256": sha256})
     observed = observed_from_folded(folded.module, plan)
@@ -101,12 +104,12 @@ def prepare_model(
 
 
 def folded_from_state(
-    state: Mapping[str, torch.Tensor], *, name: str, num_classes: int, channels: int, source: str
+    state: Mapping[str, torch.Tensor], *, name: str, num_classes: int, input_shape: tuple[int, int, int], source: str
 ) -> FoldedModel:
     """Returns the folded network `name` with the weights `state`; `source` names them in messages."""
-    model = create_model(name, num_classes=num_classes, channels=channels)
+    model = create_model(name, num_classes=num_classes, channels=input_shape[0])
     load_weights_(model, state, name=name, source=source)
-    return fold_model(model)
+    return fold_model(model, input_shape=input_shape)
 
 
 def plan_from_file(path: Path) -> PlacementPlan:
@@ -126,7 +129,7 @@ def write_template(
         safetensors.torch.load_file(weights),
         name=name,
         num_classes=num_classes,
-        channels=input_shape[0],
+        input_shape=input_shape,
         source=str(weights),
     )
     model = fake_quant_from_folded(
@@ -155,9 +158,9 @@ def write_float_model(
         ExportError: the model cannot run or be exported.
     """
     state = read_state_dict(checkpoint)
-    num_classes = head_size(state)
+    num_classes = head_size(state, name=name, channels=input_shape[0])
     folded = folded_from_state(
-        state, name=name, num_classes=num_classes, channels=input_shape[0], source=str(checkpoint)
+        state, name=name, num_classes=num_classes, input_shape=input_shape, source=str(checkpoint)
     )
     check_runs(folded.module, input_shape=input_shape, num_classes=num_classes)
     model = HalfPrecision(folded.module) if precision == "fp16" else folded.module
@@ -176,3 +179,8 @@ def checkpoint_digest(checkpoint: Path) -> str:
             f"Checkpoint {checkpoint} does not exist. Give the path of a .pth, .pt or .safetensors file."
         )
     return file_sha256(checkpoint)
+
+
+def model_sources(name: str, checkpoint: Path) -> list[str]:
+    """Returns the digests of a checkpoint and of a factory's sources; CheckpointError if the checkpoint is absent."""
+    return [checkpoint_digest(checkpoint), factory_digest(name)]

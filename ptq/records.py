@@ -66,6 +66,7 @@ class DataRecord:
     has_named_classes: bool
     splits: tuple[SplitCount, ...]
     duplicates_across_splits: int
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

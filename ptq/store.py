@@ -78,10 +78,16 @@ def open_store(uri: str) -> "Store":
         UsageError: the URI's scheme is not known.
         ArtifactError: the folder cannot be created or written.
     """
+    if "://" not in uri:
+        return Store(Path(uri).expanduser().absolute())
     parsed = urlparse(uri)
     if parsed.scheme not in ("", "file"):
         raise UsageError(
             f"output.store is {uri!r}; expected file:///absolute/folder, file://relative/folder or a path."
+        )
+    if parsed.fragment or parsed.query:
+        raise UsageError(
+            f"output.store is {uri!r}; write # and ? in a file:// URI as %23 and %3F, or give a plain path."
         )
     location = unquote(parsed.netloc + parsed.path) if parsed.scheme else uri
     return Store(Path(location).expanduser().absolute())
@@ -264,7 +270,8 @@ class Store:
                 return str(latest.get("replaced", "")) if latest else ""
             document = {**entry, "model": model, "version": version, "replaced": replaced}
             data = json.dumps(document, indent=1, sort_keys=True).encode()
-            self._write(history / f"{version}.json", data)
+            # A version that comes back is a new entry: history is never overwritten.
+            self._write(history / f"{len(list(history.iterdir())):06d}-{version}.json", data)
             self._write(folder / "latest.json", data)
         return replaced
 

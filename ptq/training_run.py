@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ptq.config import TrainingConfig
-from ptq.models import create_model, load_weights_, read_state_dict
+from ptq.models import create_model, factory_digest, load_weights_, read_state_dict
 from ptq.preparation import checkpoint_digest
 from ptq.training import save_checkpoint, train_classifier
 
@@ -65,6 +65,6 @@ def _arrays(files: tuple[Path, Path]) -> tuple[np.ndarray, np.ndarray]:
     return np.load(pixels, mmap_mode="r", allow_pickle=False), np.load(labels, allow_pickle=False)
 
 
-def initial_checkpoint_digest(checkpoint: str) -> str:
-    """Returns the SHA-256 of the weights to start from, empty where training starts from random ones."""
-    return checkpoint_digest(Path(checkpoint)) if checkpoint else ""
+def training_sources(model: str, checkpoint: str) -> list[str]:
+    """Returns the digests of what training reads beside the images: a factory's sources and the initial weights."""
+    return [factory_digest(model), checkpoint_digest(Path(checkpoint)) if checkpoint else ""]

@@ -33,6 +33,7 @@ def index_images(
         has_named_classes=index.has_named_classes,
         splits=index.splits,
         duplicates_across_splits=index.duplicates_across_splits,
+        warnings=index.warnings,
     )
 
 

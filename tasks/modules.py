@@ -6,13 +6,13 @@ from pathlib import Path
 from prefect.logging import get_run_logger
 
 from ptq.config import ModelConfig, QuantizationConfig
-from ptq.preparation import checkpoint_digest, prepare_model
+from ptq.preparation import model_sources, prepare_model
 from ptq.records import DataRecord, ModelRecord
 from ptq.store import open_store
 from tasks.stage import RunContext, stage
 
 
-@stage(returns=ModelRecord, timeout_seconds=1800, reads=lambda model: checkpoint_digest(Path(model.checkpoint)))
+@stage(returns=ModelRecord, timeout_seconds=1800, reads=lambda model: model_sources(model.name, Path(model.checkpoint)))
 def replace_modules(
     model: ModelConfig,
     data: DataRecord,

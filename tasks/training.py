@@ -10,7 +10,7 @@ from prefect.logging import get_run_logger
 from ptq.config import TrainingConfig
 from ptq.records import DataRecord, PreparedImages, TrainingRecord
 from ptq.store import open_store, write_file
-from ptq.training_run import initial_checkpoint_digest, train_from_files
+from ptq.training_run import train_from_files, training_sources
 from tasks.progress import progress_logger
 from tasks.stage import RunContext, stage
 
@@ -19,7 +19,7 @@ from tasks.stage import RunContext, stage
     returns=TrainingRecord,
     timeout_seconds=7 * 24 * 3600,
     ignore=("threads",),
-    reads=lambda config: initial_checkpoint_digest(config.checkpoint),
+    reads=lambda config: training_sources(config.model, config.checkpoint),
 )
 def train_classifier(
     config: TrainingConfig,

@@ -51,6 +51,10 @@ def test_percentile_returns_the_upper_edge_of_the_bin_that_holds_the_share():
     assert percentile_bin(np.array([[6, 3, 1], [1, 0, 9]]), percentile=60.0).tolist() == [1, 3]
 
 
+def test_a_percentile_that_floats_cannot_hold_does_not_ask_for_one_value_too_many():
+    assert percentile_bin(np.array([[9990, 9, 1]]), percentile=99.9).tolist() == [1]
+
+
 @pytest.mark.parametrize("percentile", [0.0, -1.0, 100.1])
 def test_a_percentile_out_of_range_is_refused(percentile):
     with pytest.raises(ValueError, match=r"must be in \(0, 100\]"):

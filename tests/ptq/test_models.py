@@ -5,7 +5,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ptq.errors import CheckpointError, ExportError, UsageError
-from ptq.models import check_runs, create_model, fold_model, head_size, load_weights_, read_state_dict
+from ptq.models import check_runs, create_model, factory_digest, fold_model, head_size, load_weights_, read_state_dict
 
 IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -111,7 +111,65 @@ def test_weights_that_are_not_finite_are_refused():
 
 
 def test_the_head_gives_the_number_of_classes():
-    assert head_size(small_resnet(num_classes=9).state_dict()) == 9
+    state = small_resnet(num_classes=9).state_dict()
+    assert head_size(state, name="networks:SmallResNet", channels=3) == 9
+    assert head_size(dict(sorted(state.items())), name="networks:SmallResNet", channels=3) == 9
+
+
+def test_a_checkpoint_without_the_network_s_last_weight_says_what_it_has():
+    with pytest.raises(CheckpointError, match=r"no fc\.weight, the last weight of networks:SmallResNet; it has a"):
+        head_size({"a": torch.ones(2, 2)}, name="networks:SmallResNet", channels=3)
+
+
+class Twice(nn.Module):
+    """One convolution and one BatchNorm, both called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Linear(3, 4)
+
+    def forward(self, x):
+        for _ in range(2):
+            x = torch.relu(self.bn(self.conv(x)))
+        return self.fc(x.mean((2, 3)))
+
+
+class ReadsWhatWasChanged(nn.Module):
+    """Its ReLU changes a tensor in place that the add reads afterwards."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.relu, self.fc = nn.Conv2d(3, 3, 1), nn.ReLU(inplace=True), nn.Linear(3, 4)
+
+    def forward(self, x):
+        x = x * 1.0
+        y = self.relu(x)
+        return self.fc((self.conv(y) + x).mean((2, 3)))
+
+
+def test_a_layer_that_is_called_twice_is_not_folded_twice():
+    model = Twice().eval()
+    model.bn.running_var.fill_(0.25)
+    folded = fold_model(model, input_shape=(3, 16, 16))
+    assert folded.traced
+    torch.testing.assert_close(folded.module(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_whose_meaning_in_place_operations_change_is_left_as_it_is():
+    model = ReadsWhatWasChanged().eval()
+    folded = fold_model(model, input_shape=(3, 16, 16))
+    assert not folded.traced
+    assert "computes something else" in folded.warning
+    torch.testing.assert_close(folded.module(IMAGES), model(IMAGES))
+
+
+def test_the_sources_of_a_factory_have_a_digest_that_changes_with_them(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_network.py").write_text("first = 1\n")
+    before = factory_digest("own_network:build")
+    (tmp_path / "own_network.py").write_text("first = 2\n")
+    assert factory_digest("own_network:build") != before
+    assert factory_digest("resnet50") == ""
 
 
 def test_a_model_that_cannot_read_the_image_says_what_to_check():

@@ -101,7 +101,15 @@ def test_publishing_moves_latest_and_keeps_history(store):
     assert store.publish("resnet50", "v1", {"drop_pp": 0.1}) == ""
     assert store.publish("resnet50", "v2", {"drop_pp": 0.2}) == "v1"
     assert store.latest("resnet50") == {"model": "resnet50", "version": "v2", "replaced": "v1", "drop_pp": 0.2}
-    assert sorted(path.stem for path in (store.root / "models/resnet50/history").iterdir()) == ["v1", "v2"]
+    history = sorted(path.stem for path in (store.root / "models/resnet50/history").iterdir())
+    assert history == ["000000-v1", "000001-v2"]
+
+
+def test_a_version_that_comes_back_leaves_the_history_of_its_first_time(store):
+    for version in ("v1", "v2", "v1"):
+        store.publish("resnet50", version, {})
+    history = sorted(path.stem for path in (store.root / "models/resnet50/history").iterdir())
+    assert history == ["000000-v1", "000001-v2", "000002-v1"]
 
 
 def test_publishing_the_latest_version_again_changes_nothing(store):
@@ -117,7 +125,7 @@ def test_versions_published_together_leave_one_whole_pointer(store):
         thread.start()
     for thread in threads:
         thread.join()
-    history = {path.stem: json.loads(path.read_text()) for path in (store.root / "models/m/history").iterdir()}
+    history = {path.stem[7:]: json.loads(path.read_text()) for path in (store.root / "models/m/history").iterdir()}
     assert len(history) == 8
     replaced = {document["replaced"] for document in history.values()}
     assert replaced == {*history, ""} - {store.latest("m")["version"]}
