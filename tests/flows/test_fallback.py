@@ -1,6 +1,8 @@
 import networks
+import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 from prefect import flow
 from safetensors.torch import load_file
 
@@ -155,6 +157,10 @@ def test_weights_changed_by_qat_are_judged_delivered_and_named(checkpoints, imag
     weights = load_file(tmp_path / "weights_qat.safetensors")
     assert weights.keys() == networks.NeedsTwoMethods().state_dict().keys()
     assert weights["fc.bias"][0] < 10
+    # The graph that was judged is the one that was trained: no bias corrected for the old weights got into it.
+    graph = onnx.load(tmp_path / "model_int8.onnx").graph
+    (bias,) = [numpy_helper.to_array(t) for t in graph.initializer if t.name == "fc.bias"]
+    assert bias.tolist() == weights["fc.bias"].tolist()
     assert verdict.files["weights_qat.safetensors"].size_bytes == (tmp_path / "weights_qat.safetensors").stat().st_size
 
 
