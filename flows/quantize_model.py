@@ -25,6 +25,7 @@ from ptq.records import (
     RunFindings,
     RunResult,
     Selection,
+    digest,
 )
 from tasks.amax import compute_amax
 from tasks.benchmark import benchmark
@@ -36,7 +37,7 @@ from tasks.export import export_qdq, write_graph
 from tasks.fallback import carry_amax, choose_methods, conclude, fine_tune, is_worth_trying, rank_layers
 from tasks.modules import replace_modules
 from tasks.publication import check_destinations, decide, publish, write_report
-from tasks.stage import RunContext, config_digest
+from tasks.stage import RunContext
 from tasks.validation import validate_graph
 
 
@@ -67,7 +68,7 @@ def quantize_model(config: PtqConfig) -> RunResult:
     7. select   8. judge: validate the graphs, build engines, benchmark, gate   9. if accuracy alone was rejected, try
     what is configured and judge it   10. publish   11. report
     """
-    get_run_logger().info("Config %s: %s", config_digest(config)[:12], config.model_dump_json())
+    get_run_logger().info("Config %s: %s", digest(config)[:12], config.model_dump_json())
     run = RunContext(store_uri=config.output.store, run_id=runtime.flow_run.name)
     check_destinations(config)
     identity = resolve_engine(config.engine)
@@ -123,7 +124,7 @@ def quantize_model(config: PtqConfig) -> RunResult:
     if findings.decision.accepted:
         publication = publish(
             findings.model, findings.graphs[0], findings.selection, name=config.model.published_name,
-            config_sha256=config_digest(config), run=run,
+            config_sha256=digest(config), run=run,
         )  # fmt: skip
         findings = replace(findings, publication=publication)
     return write_report(config, findings, run=run)

@@ -113,9 +113,6 @@ def bias_shift(
     exact = weight.astype(np.float64)
     error = exact - np.clip(np.rint(exact / steps), -128, 127) * steps
     error = error.reshape(*error.shape[:2], -1).sum(axis=2)
-    if axis == 1:
-        # ConvTranspose: (in, out / groups); the inputs of a group are consecutive rows.
-        parts = np.split(error, groups, axis=0)
-        return np.concatenate([part.T @ inputs for part, inputs in zip(parts, np.split(mean, groups), strict=True)])
-    parts = np.split(error, groups, axis=0)
+    # A group is a run of consecutive rows: outputs of a Conv, inputs of a ConvTranspose.
+    parts = [part.T if axis == 1 else part for part in np.split(error, groups, axis=0)]
     return np.concatenate([part @ inputs for part, inputs in zip(parts, np.split(mean, groups), strict=True)])

@@ -63,10 +63,10 @@ def evaluate_file(
             labels=np.array([row.label for row in rows], dtype=np.int64),
             files=[(row.path, row.sha256) for row in rows],
         )
-        outputs = summary.outputs
-        if outputs is not None and outputs <= max(row.label for row in rows):
+        outputs, largest_label = summary.outputs, max(row.label for row in rows)
+        if outputs is not None and outputs <= largest_label:
             raise ManifestError(
-                f"{model} has {outputs} outputs, and the data has labels up to {max(row.label for row in rows)}. "
+                f"{model} has {outputs} outputs, and the data has labels up to {largest_label}. "
                 "Give the data it was trained on."
             )
         found = evaluate_graph(

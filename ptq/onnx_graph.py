@@ -245,9 +245,10 @@ def write_candidate(
         for suffix, value in (("scale", scale), ("zero_point", zero_point)):
             name = f"{spec.name}.{suffix}"
             initializers[name].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(value), name))
-    for layer, name in (_bias_names(model, plan) if biases is not None else {}).items():
-        if biases is not None and layer in biases:
-            initializers[name].CopyFrom(numpy_helper.from_array(np.asarray(biases[layer], dtype=np.float32), name))
+    if biases is not None:
+        for layer, name in _bias_names(model, plan).items():
+            if layer in biases:
+                initializers[name].CopyFrom(numpy_helper.from_array(np.asarray(biases[layer], dtype=np.float32), name))
     del model.metadata_props[:]
     for key, text in sorted({**metadata, "dialect": dialect}.items()):
         entry = model.metadata_props.add()

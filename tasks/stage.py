@@ -16,7 +16,7 @@ from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
 from prefect.transactions import TransactionState, get_transaction
 
-from ptq.records import digest, record_from_json, to_jsonable
+from ptq.records import record_from_json, to_jsonable
 from ptq.store import StageEntry, open_store, stage_key
 from tasks.progress import announce_finished
 from tasks.retries import is_transient
@@ -108,8 +108,3 @@ def _show_as_cached() -> None:
     transaction = get_transaction()
     if transaction is not None:
         transaction.state = TransactionState.COMMITTED
-
-
-def config_digest(config: Any) -> str:
-    """Returns the SHA-256 of a config."""
-    return digest(config)

@@ -3,6 +3,12 @@
 import torch
 from torch import nn
 
+# Every quantizer there is: the arguments of `place_quantizers`.
+PLACEMENT = {
+    "residuals": True, "pools": True, "commuting_pools": True, "first_layer": True, "last_layer": True,
+    "skip_layers": (),
+}  # fmt: skip
+
 
 class ResidualBlock(nn.Module):
     """conv-bn-relu-conv-bn plus identity or downsample, as in a ResNet."""

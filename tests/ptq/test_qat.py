@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from networks import Untraceable, small_resnet
+from networks import PLACEMENT, Untraceable, small_resnet
 from torch import nn
 
 from ptq.errors import CalibrationError
@@ -12,10 +12,6 @@ from ptq.placement import place_quantizers
 from ptq.qat import fine_tune_, unfolded_state
 
 MEAN, STD = [0.5] * 3, [0.25] * 3
-PLACEMENT = {
-    "residuals": True, "pools": True, "commuting_pools": True, "first_layer": True, "last_layer": True,
-    "skip_layers": (),
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from networks import NeedsTwoMethods, Untraceable, small_resnet
+from networks import PLACEMENT, NeedsTwoMethods, Untraceable, small_resnet
 from torch import nn
 
 from ptq.errors import CalibrationError
@@ -11,11 +11,6 @@ from ptq.metrics import SQNR_LIMIT_DB
 from ptq.models import fold_model
 from ptq.placement import place_quantizers
 from ptq.sensitivity import best_methods, float_groups, layer_sqnr_db, quantizer_sqnr_db, quantizers_of_layers
-
-PLACEMENT = {
-    "residuals": True, "pools": True, "commuting_pools": True, "first_layer": True, "last_layer": True,
-    "skip_layers": (),
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
