@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from benchmarks.subject import arguments, temporary_subject, write_result
-from ptq.amax import entropy_bin, mse_bin, percentile_bin
+from ptq.amax import entropy_bin, mse_bin, percentile_bins
 from ptq.engines import open_activation_readers
 from ptq.observation import observed_names
 
@@ -62,7 +62,7 @@ def main() -> None:
         ours.append(
             (
                 int(entropy_bin(counts, bounds=bounds)[0]), int(mse_bin(counts, bounds=bounds)[0]),
-                int(percentile_bin(counts, percentile=99.99)[0]), float(histograms[index][1][-1]),
+                int(percentile_bins(counts, percentiles=[99.99])[0, 0]), float(histograms[index][1][-1]),
             )
         )  # fmt: skip
     ours_s = time.perf_counter() - started

@@ -204,11 +204,17 @@ def quantize(
     ] = None,
     trials: Annotated[int | None, typer.Option(help="Seeded draws of calibration images.")] = None,
     calibration_images: Annotated[int | None, typer.Option(help="Images in each draw.")] = None,
-    percentile: Annotated[float | None, typer.Option(help="Share of values kept, in percent.")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Stop a draw once every layer's amax is this sure, in percent of amax.")
+    ] = None,
+    percentile: Annotated[
+        list[float] | None, typer.Option(help="Share of values kept, in percent; repeat for several.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the first draw.")] = None,
     engine: Engine = None,
     threads: Threads = None,
     dialect: Annotated[list[str] | None, typer.Option(help="cpu or tensorrt; repeat for both.")] = None,
+    weight_method: Annotated[str | None, typer.Option(help="How weights' amax is chosen: max or mse.")] = None,
     skip_layer: Annotated[list[str] | None, typer.Option(help="Layer left in float; repeat for several.")] = None,
     batch_size: Annotated[list[int] | None, typer.Option(help="Batch size measured; repeat for several.")] = None,
     max_drop: Annotated[
@@ -236,9 +242,10 @@ def quantize(
             "path": data, "calibration_split": calibration_split, "selection_split": selection_split,
             "test_split": test_split, "preprocessing": _preprocessing(channels, resize, crop, mean, std),
         },
-        "quantization": {"dialects": dialect, "skip_layers": skip_layer},
+        "quantization": {"dialects": dialect, "weight_method": weight_method, "skip_layers": skip_layer},
         "calibration": {
-            "methods": method, "trials": trials, "images": calibration_images, "percentile": percentile, "seed": seed,
+            "methods": method, "trials": trials, "images": calibration_images, "percentiles": percentile, "seed": seed,
+            "tolerance_percent": tolerance,
         },
         "engine": {"name": engine, "threads": threads},
         "benchmark": {"batch_sizes": batch_size},

@@ -90,18 +90,19 @@ def quantize_model(config: PtqConfig) -> RunResult:
     images = {split: prepare_split(data, split, preprocessing, run=run) for split in splits}
 
     statistics = collect_statistics(
-        model, draws, preprocessing, bins=calibration.bins, threads=config.engine.threads, run=run
-    )
-    template = export_qdq(model, run=run)
+        model, draws, preprocessing, bins=calibration.bins, stopping=calibration.stopping_rule(dialects[0]),
+        threads=config.engine.threads, run=run,
+    )  # fmt: skip
+    draws = statistics.draws
+    template = export_qdq(model, weight_method=config.quantization.weight_method, run=run)
     biases = [
         correct_biases(statistics, model, template, trial, run=run) if config.quantization.bias_correction else None
         for trial in range(calibration.trials)
     ]
-    pairs = [(trial, method) for method in calibration.methods for trial in range(calibration.trials)]
+    pairs = [(trial, method) for method in calibration.labelled_methods for trial in range(calibration.trials)]
     tables = compute_amax.map(
         unmapped(statistics), unmapped(model), [trial for trial, _ in pairs], [method for _, method in pairs],
-        [biases[trial] for trial, _ in pairs], percentile=calibration.percentile, dialect=dialects[0],
-        run=unmapped(run),
+        [biases[trial] for trial, _ in pairs], dialect=dialects[0], run=unmapped(run),
     ).result()  # fmt: skip
 
     baseline = evaluate_baseline(model, images, preprocessing, engine=config.engine, identity=identity, run=run)
@@ -193,14 +194,14 @@ def _attempts(setting: _Setting, first: RunFindings) -> Iterator[tuple[Attempt, 
     best = next(table for table in of_trial if table.method == first.selection.method)
     if fallback.per_layer_method:
         chosen = choose_methods(
-            first.model, of_trial, draws, preprocessing, images=fallback.images, dialect=dialect, threads=threads,
-            run=run,
+            first.model, of_trial, draws, preprocessing, images=fallback.images, dialect=dialect,
+            weight_method=config.quantization.weight_method, threads=threads, run=run,
         )  # fmt: skip
         yield _attempt(setting, first, first.model, chosen.amax, kind="per_layer_method", what=chosen.what)
     if fallback.float_layers:
         ranking = rank_layers(
             first.model, best, draws, preprocessing, images=fallback.images, limit=fallback.float_layers,
-            dialect=dialect, threads=threads, run=run,
+            dialect=dialect, weight_method=config.quantization.weight_method, threads=threads, run=run,
         )  # fmt: skip
         for group in ranking.groups:
             skipped = (*config.quantization.skip_layers, *group.layers)
@@ -229,7 +230,9 @@ def _attempt(
 ) -> tuple[Attempt, RunFindings]:
     """Export, evaluate and judge one more candidate."""
     config, run = setting.config, setting.run
-    template = export_qdq(model, run=run)
+    # QAT trains weights within their largest |w|, which is then their amax.
+    weight_method = "max" if kind == "qat" else config.quantization.weight_method
+    template = export_qdq(model, weight_method=weight_method, run=run)
     evaluation = evaluate(
         model, template, amax, setting.baseline, setting.images, config.data.preprocessing, engine=config.engine,
         identity=setting.identity, dialect=setting.dialects[0], run=run,

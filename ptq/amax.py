@@ -1,8 +1,9 @@
-"""Which clipping threshold (amax) does each method choose from a histogram of absolute activations?
+"""Which clipping threshold (amax) does each method choose for activations and for weights?
 
-Every function takes a stack of histograms (tensors, bins) and returns one amax per tensor, in activation
-units. Nothing reads a file or keeps state, so each can be checked by hand. Given the reference library's own
-histogram, `mse` and `entropy` choose the same bin as pytorch-quantization 2.1.3 does.
+For activations every function takes a stack of histograms of |x| (tensors, bins) and returns one amax per tensor;
+for weights, the weights themselves and one amax per output channel. Nothing reads a file or keeps state, so each
+can be checked by hand. Given the reference library's own histogram, `mse` and `entropy` choose the same bin as
+pytorch-quantization 2.1.3 does.
 """
 
 import math
@@ -13,36 +14,44 @@ import numba
 import numpy as np
 from jaxtyping import Float, Int
 
-from ptq.config import Method
+from ptq.config import LabelledMethod, WeightMethod
 from ptq.errors import CalibrationError
 from ptq.histogram import Histograms
 
 # The reference's `start_bin`: thresholds below it would leave fewer bins than there are integers.
 START_BIN = 128
+# Candidates of a weight's amax, in units of max |w| / WEIGHT_STEPS. Among them is 127 / 128, which maps -max |w| to
+# -128; those above max |w| clip nothing and serve short channels (see `amax_from_weight`).
+WEIGHT_STEPS = 1024
+WEIGHT_CANDIDATES = (256, 1088)
+# The smallest scale that is a normal float32.
+LEAST_SCALE = float(np.finfo(np.float32).tiny)
+# Errors that differ by less than this share of the channel's sum of squares are equal: it is the rounding of a float32
+# scale, not the weights, that tells them apart.
+EQUAL_ERRORS = 1e-12
 
 
 def amax_from_histograms(
     histograms: Histograms,
     *,
-    method: Method,
-    percentile: float,
+    methods: Sequence[LabelledMethod],
     bounds: Int[np.ndarray, " tensors"],
     names: Sequence[str],
-) -> Float[np.ndarray, " tensors"]:
-    """Returns the amax of every tensor by one method.
+) -> dict[str, Float[np.ndarray, " tensors"]]:
+    """Returns the amax of every tensor by each method, by the method's label.
 
     Args:
         histograms: what the calibration images left, one histogram per tensor.
-        method: `max`, `percentile`, `mse` or `entropy`.
-        percentile: share of the values kept by `percentile`, in (0, 100].
+        methods: with distinct labels; all percentiles come from one cumulative sum.
         bounds: the integer amax maps to, 127 for int8 and 255 for uint8, (tensors,).
         names: names of the tensors, for messages.
 
     Returns:
-        float64 (tensors,), positive; never above the exact maximum.
+        float64 (tensors,) by label, positive; never above the exact maximum.
 
     Raises:
         CalibrationError: a tensor has seen no value, or only zeros.
+        ValueError: a percentile is outside (0, 100].
     """
     for index, total in enumerate(histograms.totals):
         if total == 0:
@@ -57,36 +66,49 @@ def amax_from_histograms(
                 "in float with quantization.skip_layers."
             )
     maxima = histograms.maxima.astype(np.float64)
-    if method == "max":
-        return maxima
-    if method == "percentile":
-        edges = percentile_bin(histograms.counts, percentile=percentile)
-    elif method == "mse":
-        edges = mse_bin(histograms.counts, bounds=bounds) + 0.5
-    else:
-        edges = entropy_bin(histograms.counts, bounds=bounds)
-    return np.minimum(edges * histograms.bin_widths, maxima)
+    percentiles = [item.percentile for item in methods if item.percentile is not None]
+    by_percentile = dict(zip(percentiles, percentile_bins(histograms.counts, percentiles=percentiles).T, strict=True))
+    found = {}
+    for item in methods:
+        if item.method == "max":
+            found[item.label] = maxima
+            continue
+        if item.percentile is not None:
+            edges = by_percentile[item.percentile]
+        elif item.method == "mse":
+            edges = mse_bin(histograms.counts, bounds=bounds) + 0.5
+        else:
+            edges = entropy_bin(histograms.counts, bounds=bounds)
+        found[item.label] = np.minimum(edges * histograms.bin_widths, maxima)
+    return found
 
 
-def percentile_bin(counts: Int[np.ndarray, "tensors bins"], *, percentile: float) -> Int[np.ndarray, " tensors"]:
-    """Returns, per tensor, the upper edge (in bins) of the bin that holds the asked share of the values.
+def percentile_bins(
+    counts: Int[np.ndarray, "tensors bins"], *, percentiles: Sequence[float]
+) -> Int[np.ndarray, "tensors percentiles"]:
+    """Returns, per tensor and percentile, the upper edge (in bins) of the bin that holds the asked share of the values.
 
     Counts are integers, so the rounding of a floating cumulative sum cannot move the answer. The upper edge is
-    returned, so percentile 100 never clips an observed value; pytorch-quantization returns the lower edge.
+    returned, so percentile 100 never clips an observed value; pytorch-quantization returns the lower edge. One
+    cumulative sum serves all percentiles.
 
     Raises:
-        ValueError: `percentile` is outside (0, 100].
+        ValueError: a percentile is outside (0, 100].
 
-    >>> percentile_bin(np.array([[6, 3, 1]]), percentile=90.0).tolist()
-    [2]
+    >>> percentile_bins(np.array([[6, 3, 1]]), percentiles=[60.0, 90.0]).tolist()
+    [[1, 2]]
     """
-    if not 0.0 < percentile <= 100.0:
-        raise ValueError(f"percentile must be in (0, 100], got {percentile}.")
+    for percentile in percentiles:
+        if not 0.0 < percentile <= 100.0:
+            raise ValueError(f"percentile must be in (0, 100], got {percentile}.")
     cumulative = np.cumsum(counts, axis=1)
     # Fractions: in floats 10,000 * 99.9 / 100 is a little more than 9,990, and its ceiling one too many.
-    share = Fraction(str(percentile)) / 100
-    needed = np.array([math.ceil(int(total) * share) for total in cumulative[:, -1]])
-    return (cumulative < needed[:, None]).sum(axis=1) + 1
+    shares = [Fraction(str(percentile)) / 100 for percentile in percentiles]
+    found = np.empty((len(counts), len(shares)), dtype=np.int64)
+    for row, sums in enumerate(cumulative):
+        needed = [math.ceil(int(sums[-1]) * share) for share in shares]
+        found[row] = np.searchsorted(sums, np.array(needed, dtype=np.int64)) + 1
+    return found
 
 
 def mse_bin(
@@ -115,6 +137,70 @@ def entropy_bin(
     `_compute_amax_entropy` of pytorch-quantization 2.1.3, after Migacz, 8-bit inference with TensorRT (2017).
     """
     return _entropy_bins(np.ascontiguousarray(counts, dtype=np.int64), np.asarray(bounds, dtype=np.int64), START_BIN)
+
+
+def amax_from_weight(
+    weight: Float[np.ndarray, "channels values"], *, method: WeightMethod
+) -> Float[np.ndarray, " channels"]:
+    """Returns the amax of every output channel of a weight.
+
+    Args:
+        weight: finite, float32 or float64, one row per output channel.
+        method: `max` is max |w|. `mse` is the candidate a with the least sum over the channel of
+            (w - clip(round(w / s), -128, 127) * s)^2, s = a / 127 in float32; candidates are k / 1024 * max |w|, k from
+            256 to 1088, and of equal errors the larger a wins. Being a candidate, `max` is never better.
+
+    Returns:
+        float32 (channels,), positive: a channel of zeros gets the smallest amax whose scale is a normal float32.
+
+    Source of `mse`: the search over fractions of max |w| that BRECQ initialises its weight quantizers with (Li et
+    al., 2021, `init_quantization_scale` of its code: 80 fractions, 1 % apart, power 2.4); here with power 2, with
+    ONNX's QuantizeLinear instead of an asymmetric quantizer, and on a finer grid that goes beyond max |w|. Long
+    channels gain from clipping. Short ones gain from a scale on whose multiples their few weights happen to lie: the
+    median error of MobileNetV2's depthwise channels falls to 0.6 of that of `max`, without candidates above max |w|
+    it does not fall at all.
+
+    >>> amax_from_weight(np.array([[-1.0, 0.5]], np.float32), method="max").tolist()
+    [1.0]
+    >>> amax_from_weight(np.array([[-1.0, 0.5]], np.float32), method="mse").tolist()
+    [0.9921875]
+    """
+    largest = np.abs(weight).max(axis=1).astype(np.float32)
+    if method == "mse":
+        steps = _weight_steps(
+            np.ascontiguousarray(weight, dtype=np.float64),
+            largest, *WEIGHT_CANDIDATES, WEIGHT_STEPS,
+        )  # fmt: skip
+        largest = largest * (steps / WEIGHT_STEPS).astype(np.float32)
+    return np.maximum(largest, np.float32(LEAST_SCALE * 127))
+
+
+# Reassociation lets the sum use vector registers: 0.1 ns a weight and candidate on two cores, 3 s for ResNet-50.
+@numba.njit(parallel=True, cache=True, fastmath={"reassoc", "contract"})
+def _weight_steps(weight, largest, first, last, steps):  # type: ignore[no-untyped-def]
+    channels, values = weight.shape
+    best = np.full(channels, steps, dtype=np.int64)
+    for channel in numba.prange(channels):
+        squares = 0.0
+        for index in range(values):
+            squares += weight[channel, index] * weight[channel, index]
+        least = np.inf
+        for candidate in range(last, first - 1, -1):
+            amax = np.float32(largest[channel] * np.float32(candidate / steps))
+            scale = float(np.float32(amax / np.float32(127)))
+            if scale < LEAST_SCALE:
+                break
+            inverse_scale = 1.0 / scale
+            error = 0.0
+            for index in range(values):
+                value = weight[channel, index]
+                rounded = min(max(np.rint(value * inverse_scale), -128.0), 127.0)
+                difference = value - rounded * scale
+                error += difference * difference
+            if error < least - EQUAL_ERRORS * squares:
+                least = error
+                best[channel] = candidate
+    return best
 
 
 @numba.njit(parallel=True, cache=True)

@@ -5,21 +5,34 @@ tested in its own file.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Int
 
+from ptq.adaptive import Collect, collect_adaptively, describe_lengths, used_draws
 from ptq.amax import amax_from_histograms
 from ptq.bias_correction import bias_shift
 from ptq.collection import Progress, TrialStatistics, collect_statistics
-from ptq.config import Dialect, Method
+from ptq.config import Dialect, LabelledMethod, Method, StoppingRule
 from ptq.engines import open_activation_readers
 from ptq.fake_quant import amax_bound
 from ptq.histogram import Histograms
 from ptq.observation import observed_names
 from ptq.onnx_graph import read_layers
-from ptq.records import PlacementPlan
+from ptq.records import CalibrationDraws, PlacementPlan
+
+
+@dataclass(frozen=True, slots=True)
+class CollectedTrials:
+    """The statistics of every trial, the draws really used, and a sentence that sums them up."""
+
+    trials: list[TrialStatistics]
+    draws: CalibrationDraws
+    summary: str
 
 
 def statistics_from_files(
@@ -52,19 +65,98 @@ def statistics_from_files(
     Raises:
         CalibrationError: no image was drawn, or an activation holds NaN or infinity.
     """
-    readers = open_activation_readers(observed_onnx, workers=threads)
-    return collect_statistics(
-        readers,
+    collect = _collector(
+        observed_onnx=observed_onnx, plan=plan, pixels=pixels, files=files, mean=mean, std=std, bins=bins,
+        threads=threads,
+    )  # fmt: skip
+    return collect(draws=draws, progress=progress)
+
+
+def _collector(
+    *,
+    observed_onnx: Path,
+    plan: PlacementPlan,
+    pixels: Path,
+    files: Path,
+    mean: Sequence[float],
+    std: Sequence[float],
+    bins: int,
+    threads: int,
+) -> Callable[..., list[TrialStatistics]]:
+    """What collects the statistics of given draws: the engine is opened once, for any number of passes."""
+    return partial(
+        collect_statistics,
+        open_activation_readers(observed_onnx, workers=threads),
         np.load(pixels, mmap_mode="r", allow_pickle=False),
-        draws=draws,
         names=observed_names(plan),
         channel_axes=channel_axes(plan),
         image_names=[path for path, _ in json.loads(files.read_text())],
         mean=mean,
         std=std,
         bins=bins,
-        progress=progress,
     )
+
+
+def trials_from_files(
+    *,
+    observed_onnx: Path,
+    plan: PlacementPlan,
+    pixels: Path,
+    labels: Path,
+    files: Path,
+    draws: CalibrationDraws,
+    class_names: Sequence[str],
+    stopping: StoppingRule | None,
+    mean: Sequence[float],
+    std: Sequence[float],
+    bins: int,
+    threads: int,
+    progress: Progress | None = None,
+) -> CollectedTrials:
+    """Returns the statistics of every trial over its whole draw, or over as many images as the stopping rule asks for.
+
+    `labels` is npy, int64 (n,), the class of every prepared image. With a stopping rule, `draws` are in the order in
+    which their images are to be used. The other arguments and the errors are those of `statistics_from_files`. An
+    image that several trials of adaptive length reach at different looks is run once for each look.
+    """
+    collect = _collector(
+        observed_onnx=observed_onnx, plan=plan, pixels=pixels, files=files, mean=mean, std=std, bins=bins,
+        threads=threads,
+    )  # fmt: skip
+    if stopping is None:
+        trials = collect(draws=draws.indices, progress=progress)
+        counts = f"{len(plan.activations)} histograms for {len(trials)} trials from {draws.prepared.images} images"
+        return CollectedTrials(trials, draws, f"Collected {counts}")
+    found = collect_adaptively(
+        _in_one_progress(collect, progress), draws.indices, names=observed_names(plan), methods=stopping.methods,
+        bounds=_bounds(plan, stopping.dialect), tolerance_percent=stopping.tolerance_percent,
+    )  # fmt: skip
+    lengths = tuple(trial.length for trial in found)
+    used = used_draws(
+        draws, lengths, labels=np.load(labels, allow_pickle=False), class_names=class_names,
+        tolerance_percent=stopping.tolerance_percent,
+    )  # fmt: skip
+    most = len(draws.indices[0])
+    summary = describe_lengths(lengths, most=most, tolerance_percent=stopping.tolerance_percent)
+    return CollectedTrials([trial.statistics for trial in found], used, summary)
+
+
+def _in_one_progress(collect: Callable[..., list[TrialStatistics]], progress: Progress | None) -> Collect:
+    """The passes of an adaptive collection, whose counts of images go on from one pass to the next."""
+    before = 0
+
+    def collect_more(draws: Sequence[Sequence[int]]) -> list[TrialStatistics]:
+        nonlocal before
+        advance = (lambda done, total: progress(before + done, before + total)) if progress else None
+        found = collect(draws=draws, progress=advance)
+        before += len({position for draw in draws for position in draw})
+        return found
+
+    return collect_more
+
+
+def _bounds(plan: PlacementPlan, dialect: Dialect) -> Int[np.ndarray, " tensors"]:
+    return np.array([amax_bound(spec, dialect) for spec in plan.activations], dtype=np.int64)
 
 
 def channel_axes(plan: PlacementPlan) -> list[int | None]:
@@ -108,9 +200,16 @@ def corrected_biases(
 
 
 def amax_table(
-    histograms: Histograms, *, plan: PlacementPlan, dialect: Dialect, method: Method, percentile: float
+    histograms: Histograms,
+    *,
+    plan: PlacementPlan,
+    dialect: Dialect,
+    method: Method,
+    percentile: float | None = None,
 ) -> dict[str, float]:
     """Returns the amax of every activation quantizer by one method, by name, in activation units.
+
+    `percentile`, in (0, 100], is needed for the method of that name; the others do not read it.
 
     The `mse` and `entropy` methods count the integers a quantizer has, so a table belongs to a dialect.
 
@@ -118,6 +217,6 @@ def amax_table(
         CalibrationError: a quantizer has seen no value, or only zeros.
     """
     names = observed_names(plan)
-    bounds = np.array([amax_bound(spec, dialect) for spec in plan.activations], dtype=np.int64)
-    values = amax_from_histograms(histograms, method=method, percentile=percentile, bounds=bounds, names=names)
-    return {name: float(value) for name, value in zip(names, values, strict=True)}
+    asked = LabelledMethod(label=method, method=method, percentile=percentile if method == "percentile" else None)
+    found = amax_from_histograms(histograms, methods=[asked], bounds=_bounds(plan, dialect), names=names)
+    return {name: float(value) for name, value in zip(names, found[method], strict=True)}

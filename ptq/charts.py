@@ -17,6 +17,8 @@ from ptq.records import BenchmarkRecord, Measurement
 DPI = 110
 WIDTH_INCHES = 6.0
 BOX_PLOT_HEIGHT_INCHES = 3.5
+# Labels of more methods than this are set narrower, so that neighbours do not touch.
+WIDE_LABELS = 5
 
 _INK = "#1f2933"
 _MUTED = "#7b8794"
@@ -68,8 +70,9 @@ def box_plot_png(top1_by_method: Mapping[str, Sequence[float]], *, fp32_top1_per
     middle, half = (max(every) + min(every)) / 2, max((max(every) - min(every)) * 0.58, 0.5)
     axes.set_ylim(middle - half, middle + half)
     axes.set_xlim(-0.6, len(top1_by_method) - 0.4)
-    labels = [f"{method}\n{_mean_label(values)}" for method, values in top1_by_method.items()]
-    axes.set_xticks(range(len(labels)), labels, fontsize=_SMALL + 1, color=_INK)
+    is_narrow = len(top1_by_method) > WIDE_LABELS
+    labels = [_method_label(method, values, is_narrow=is_narrow) for method, values in top1_by_method.items()]
+    axes.set_xticks(range(len(labels)), labels, fontsize=_SMALL + (-1 if is_narrow else 1), color=_INK)
     axes.set_ylabel("top-1, %", fontsize=_SMALL + 1, color=_INK)
     axes.ticklabel_format(axis="y", useOffset=False, style="plain")
     axes.grid(axis="y", color=_GRID, linewidth=0.8)
@@ -104,10 +107,13 @@ def latency_bars_png(record: BenchmarkRecord) -> bytes:
     return _png(figure)
 
 
-def _mean_label(values: Sequence[float]) -> str:
-    """What stands below a method's name."""
-    mean = sum(values) / len(values)
-    return f"mean {mean:.2f} %" if len(values) > 1 else f"{mean:.2f} %"
+def _method_label(method: str, values: Sequence[float], *, is_narrow: bool) -> str:
+    """A method's name, a percentile on a line of its own, and the mean below it."""
+    mean = f"{sum(values) / len(values):.2f} %"
+    if len(values) > 1:
+        mean = f"mean\n{mean}" if is_narrow else f"mean {mean}"
+    name = method.replace("-", "\n", 1)
+    return f"{name}\n{mean}"
 
 
 def _draw_method(axes: Axes, position: int, values: list[float]) -> None:

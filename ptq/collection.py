@@ -14,9 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from ptq.bias_correction import ChannelSums, channel_sums_of, empty_channel_sums, merge_channel_sums
+from ptq.accumulation import Accumulators
+from ptq.bias_correction import ChannelSums, merge_channel_sums
+from ptq.engines.interface import StreamingReader
 from ptq.errors import CalibrationError
-from ptq.histogram import Histograms, add_, empty_histograms, histograms_of, merge
+from ptq.histogram import Histograms, merge
 from ptq.images import network_input
 
 
@@ -48,7 +50,8 @@ def collect_statistics(
     """Returns the statistics of every trial, each over exactly the images it drew.
 
     Args:
-        readers: one function per worker, from a normalized image (1, c, h, w) to one tensor per name.
+        readers: one function per worker, from a normalized image (1, c, h, w) to one tensor per name. One that streams
+            is asked to do so.
         pixels: all calibration images, uint8.
         draws: per trial the positions in `pixels` of its images, each at most once.
         names: names of the observed tensors, in the order of the readers' results.
@@ -76,20 +79,19 @@ def collect_statistics(
 
     def work(reader: Reader) -> list[TrialStatistics]:
         nonlocal done, reported
-        histograms = [empty_histograms(len(names), bins=bins) for _ in draws]
-        sums = [empty_channel_sums() for _ in draws]
+        found = Accumulators(trials=len(draws), names=names, channel_axes=channel_axes, bins=bins)
         while True:
             with lock:
                 position = next(pending, None)
             if position is None:
-                return [TrialStatistics(*pair) for pair in zip(histograms, sums, strict=True)]
+                return [TrialStatistics(*pair) for pair in found.statistics()]
             image = network_input(pixels[position : position + 1], mean=mean, std=std)
-            tensors = reader(image)
-            found = histograms_of(tensors, bins=bins, names=names, image=image_names[position])
-            found_sums = channel_sums_of(tensors, axes=channel_axes)
-            for trial in trials_of[position]:
-                add_(histograms[trial], found)
-                sums[trial] = merge_channel_sums(sums[trial], found_sums)
+            observe = found.add_image_(trials_of[position], image_names[position])
+            if isinstance(reader, StreamingReader):
+                reader.stream(image, observe)
+            else:
+                for index, tensor in zip(range(len(names)), reader(image), strict=True):
+                    observe(index, tensor)
             with lock:
                 done += 1
                 if progress and (time.monotonic() - reported > 0.1 or done == len(trials_of)):

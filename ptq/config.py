@@ -4,6 +4,7 @@ Every option of the pipeline, one frozen pydantic class per stage, composed in `
 descriptions are the form that the Prefect UI shows. Nothing is computed here.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,9 +16,13 @@ from ptq.errors import UsageError
 Method = Literal["max", "percentile", "mse", "entropy"]
 Dialect = Literal["cpu", "tensorrt"]
 EngineName = Literal["auto", "openvino", "tensorrt", "onnxruntime"]
+WeightMethod = Literal["max", "mse"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
 METHODS: tuple[Method, ...] = ("max", "percentile", "mse", "entropy")
+Percentile = Annotated[float, Field(gt=0, le=100)]
+# The first look at a draw of adaptive length is after so many images.
+LEAST_ADAPTIVE_IMAGES = 32
 DIALECTS: tuple[Dialect, ...] = ("cpu", "tensorrt")
 
 
@@ -98,6 +103,10 @@ class QuantizationConfig(_Section):
     first_layer: bool = Field(True, description="Quantize the first convolution.")
     last_layer: bool = Field(True, description="Quantize the last linear layer.")
     skip_layers: tuple[str, ...] = Field((), description="Layers left in float, by module name.")
+    weight_method: WeightMethod = Field(
+        "max",
+        description="How the amax of each output channel's weights is chosen: largest |w|, or least squared error.",
+    )
     bias_correction: bool = Field(True, description="Take the mean error of rounded weights back in the biases.")
     dialects: tuple[Dialect, ...] = Field(
         (), description="Dialects of the Q/DQ graph to write; empty: the one of the engine."
@@ -110,15 +119,63 @@ class QuantizationConfig(_Section):
         return tuple(sorted(asked, key=lambda dialect: dialect != own))
 
 
+class LabelledMethod(_Section):
+    """A method as candidates and tables name it: `percentile-99.9` where there are several percentiles.
+
+    `percentile` is set for the method of that name and None for the others.
+    """
+
+    label: str
+    method: Method
+    percentile: Percentile | None = None
+
+
+def in_method_order(labels: Iterable[str]) -> tuple[str, ...]:
+    """Returns the labels once each: max, percentile, mse, entropy in this order, then others; else as they come.
+
+    >>> in_method_order(["mse", "max_float1", "percentile-99.9", "percentile-99", "max", "mse"])
+    ('max', 'percentile-99.9', 'percentile-99', 'mse', 'max_float1')
+    """
+    position: dict[str, int] = {method: index for index, method in enumerate(METHODS)}
+    # The name of a fallback has an underscore; a method is the part before the percentile.
+    return tuple(
+        sorted(
+            dict.fromkeys(labels),
+            key=lambda label: len(METHODS) if "_" in label else position.get(label.split("-")[0], len(METHODS)),
+        )
+    )
+
+
+class StoppingRule(_Section):
+    """When a draw has enough images: every method's amax, for this dialect's integers, is within the tolerance."""
+
+    methods: tuple[LabelledMethod, ...]
+    dialect: Dialect
+    tolerance_percent: float
+
+
 class CalibrationConfig(_Section):
     """How activation ranges are chosen."""
 
     methods: tuple[Method, ...] = Field(METHODS, min_length=1, description="Methods that choose amax, all compared.")
     trials: int = Field(5, ge=1, le=100, description="Number of seeded draws of calibration images.")
-    images: int = Field(512, ge=1, le=1_000_000, description="Calibration images in each draw.")
+    images: int = Field(
+        512, ge=1, le=1_000_000, description="Calibration images in each draw; the most, where there is a tolerance."
+    )
+    tolerance_percent: float = Field(
+        0.0,
+        ge=0,
+        le=100,
+        description=(
+            "Stop a draw early, once the 95 % interval of every layer's amax reaches at most this far to either side, "
+            "in percent of amax; 0: use all images."
+        ),
+    )
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of the first draw; draw i uses seed + i.")
-    percentile: float = Field(
-        99.99, gt=0, le=100, description="Share of values the percentile method keeps, in percent."
+    percentiles: tuple[Percentile, ...] = Field(
+        (99.99,),
+        min_length=1,
+        description="Share of values the percentile method keeps, in percent; each of several is a method of its own.",
     )
     bins: Literal[1024, 2048, 4096, 8192] = Field(4096, description="Bins of each activation histogram.")
 
@@ -126,7 +183,50 @@ class CalibrationConfig(_Section):
     def _unique(self) -> "CalibrationConfig":
         if len(set(self.methods)) != len(self.methods):
             raise ValueError(f"methods names one method twice: {list(self.methods)}")
+        if len(set(self.percentiles)) != len(self.percentiles):
+            raise ValueError(f"percentiles names one percentile twice: {list(self.percentiles)}")
+        if self.tolerance_percent and self.images < LEAST_ADAPTIVE_IMAGES:
+            raise ValueError(
+                f"tolerance_percent is {self.tolerance_percent:g} and images {self.images}: an interval needs at least "
+                f"{LEAST_ADAPTIVE_IMAGES} images; raise images, or set tolerance_percent to 0"
+            )
+        if self.tolerance_percent and self.methods == ("max",):
+            raise ValueError(
+                f"tolerance_percent is {self.tolerance_percent:g} and methods is ['max']: the maximum of a sample has "
+                "no interval; add a method, or set tolerance_percent to 0"
+            )
         return self
+
+    def stopping_rule(self, dialect: Dialect) -> StoppingRule | None:
+        """Returns when a draw has enough images, None where it is to use all of them."""
+        if not self.tolerance_percent:
+            return None
+        return StoppingRule(methods=self.labelled_methods, dialect=dialect, tolerance_percent=self.tolerance_percent)
+
+    @property
+    def labelled_methods(self) -> tuple[LabelledMethod, ...]:
+        """The methods in the order given, with one entry for every percentile."""
+        found = []
+        for method in self.methods:
+            if method != "percentile":
+                found.append(LabelledMethod(label=method, method=method))
+                continue
+            for percentile in self.percentiles:
+                label = method if len(self.percentiles) == 1 else f"{method}-{repr(percentile).removesuffix('.0')}"
+                found.append(LabelledMethod(label=label, method=method, percentile=percentile))
+        return tuple(found)
+
+    def labelled(self, label: str) -> LabelledMethod:
+        """Returns the method of that label.
+
+        Raises:
+            ValueError: calibration was not asked for it.
+        """
+        for found in self.labelled_methods:
+            if found.label == label:
+                return found
+        known = ", ".join(found.label for found in self.labelled_methods)
+        raise ValueError(f"{label!r} is not a method of this calibration; expected one of {known}.")
 
 
 class EngineConfig(_Section):
@@ -219,10 +319,10 @@ class PtqConfig(_Section):
 
     @model_validator(mode="after")
     def _has_methods_to_choose_from(self) -> "PtqConfig":
-        if self.fallback.per_layer_method and len(self.calibration.methods) < 2:
+        if self.fallback.per_layer_method and len(self.calibration.labelled_methods) < 2:
             raise ValueError(
                 f"fallback.per_layer_method is true and calibration.methods is {list(self.calibration.methods)}: "
-                "give at least two methods to choose from"
+                "give at least two methods, or two percentiles, to choose from"
             )
         return self
 

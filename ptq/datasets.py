@@ -29,6 +29,9 @@ TRAINING_SPLIT = "train"
 # A larger index is a mistake in the label column, such as an image's number.
 MAX_CLASSES = 100_000
 
+# Keeps the order of a draw independent of the draw itself, which has the same seed.
+_ORDER_STREAM = 1
+
 Progress = Callable[[int, int], None]
 
 
@@ -238,6 +241,7 @@ def draw_trials(
     trials: int,
     seed: int,
     class_names: Sequence[str],
+    is_ordered: bool = False,
 ) -> DrawnTrials:
     """Draw the calibration images of every trial and refuse any that is evaluated on too.
 
@@ -249,6 +253,8 @@ def draw_trials(
         trials: number of draws.
         seed: of the first draw; trial t uses seed + t.
         class_names: for the warning of classes never drawn.
+        is_ordered: whether the positions of a trial come in the order of `stratified_order`, for a trial of which
+            a prefix may be used, instead of ascending.
 
     Raises:
         CalibrationError: the split has too few images, or a drawn image is in an evaluated split.
@@ -271,6 +277,8 @@ def draw_trials(
             f"drawn: {_some([class_names[label] for label in never])}. Raise calibration.images to at least "
             f"{len(np.unique(labels))} to draw from every class.",
         )
+    if is_ordered:
+        draws = [draw[stratified_order(labels[draw], seed=seed + t)] for t, draw in enumerate(draws)]
     indices = tuple(tuple(np.searchsorted(used, draw).tolist()) for draw in draws)
     return DrawnTrials(drawn, indices, warnings)
 
@@ -315,6 +323,31 @@ def draw_stratified(labels: np.ndarray, *, images: int, seed: int) -> np.ndarray
         for label, share in zip(classes, _shares(sizes, images=images, generator=generator), strict=True)
     ]
     return np.sort(np.concatenate([*chosen, np.empty(0, dtype=np.int64)]))
+
+
+def stratified_order(labels: np.ndarray, *, seed: int) -> np.ndarray:
+    """Return a random order of a draw, of which every prefix holds each class nearly in proportion.
+
+    The images of a class, shuffled, are spread evenly over the order: the k-th of n falls at a random place of the
+    k-th n-th of it. So the first m of N images hold a class of n images close to m * n / N times, and the classes do
+    not alternate with a period that groups of every eighth image, say, could meet.
+
+    Args:
+        labels: class index of each drawn image, int64 (n,).
+        seed: of numpy's PCG64, on a stream of its own beside `draw_stratified`'s.
+
+    Returns:
+        A permutation of the positions in `labels`, int64 (n,).
+
+    >>> stratified_order(np.array([0, 0, 0, 1]), seed=0).tolist()
+    [3, 2, 0, 1]
+    """
+    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, _ORDER_STREAM))))
+    places = np.empty(len(labels))
+    for label in np.unique(labels):
+        members = generator.permutation(np.flatnonzero(labels == label))
+        places[members] = (np.arange(len(members)) + generator.random(len(members))) / len(members)
+    return np.argsort(places, kind="stable")
 
 
 def _shares(sizes: np.ndarray, *, images: int, generator: np.random.Generator) -> np.ndarray:

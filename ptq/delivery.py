@@ -20,7 +20,7 @@ from ptq.config import PtqConfig
 from ptq.errors import ArtifactError, UsageError
 from ptq.metrics import combined_predictions
 from ptq.preparation import plan_from_file
-from ptq.records import ArtifactRef, EvaluationRecord, RunFindings, digest, to_jsonable
+from ptq.records import ArtifactRef, CalibrationDraws, EvaluationRecord, RunFindings, digest, to_jsonable
 from ptq.report import (
     ReportInputs,
     benchmark_table,
@@ -44,7 +44,9 @@ from ptq.verdict import (
     VerdictGraphChecks,
     VerdictInt8,
     VerdictLatency,
+    VerdictLayer,
     VerdictMeasurement,
+    VerdictTrial,
 )
 
 
@@ -95,6 +97,7 @@ def compose_verdict(
         config_sha256=digest(config),
         engine=VerdictEngine(name=identity.name, version=identity.version, device=identity.device),
         fp32=VerdictBaseline(top1_percent=baseline.top1_percent, n_images=baseline.images, loss=baseline.loss),
+        calibration=_verdict_trials(findings.draws),
         candidates=_verdict_candidates(findings),
         best=VerdictBest(
             id=findings.selection.candidate,
@@ -143,6 +146,21 @@ def _stage_seconds(store: Store, run_id: str) -> dict[str, float]:
 
 def _evaluation_of(findings: RunFindings, candidate: str) -> EvaluationRecord:
     return next(evaluation for evaluation in findings.candidates if evaluation.candidate == candidate)
+
+
+def _verdict_trials(draws: CalibrationDraws) -> tuple[VerdictTrial, ...]:
+    """The images of every trial, and where their number was adaptive what each layer needed."""
+    layers = [
+        tuple(
+            VerdictLayer(name=layer.name, images_needed=layer.images_needed, interval_percent=layer.interval_percent)
+            for layer in length.layers
+        )
+        for length in draws.lengths
+    ] or [()] * len(draws.indices)
+    return tuple(
+        VerdictTrial(trial=trial, images=len(draw), layers=needed)
+        for trial, (draw, needed) in enumerate(zip(draws.indices, layers, strict=True))
+    )
 
 
 def _verdict_candidates(findings: RunFindings) -> tuple[VerdictCandidate, ...]:

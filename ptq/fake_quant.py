@@ -15,7 +15,8 @@ from contextlib import contextmanager
 import torch
 from torch import fx, nn
 
-from ptq.config import Dialect
+from ptq.amax import amax_from_weight
+from ptq.config import Dialect, WeightMethod
 from ptq.errors import CalibrationError
 from ptq.placement import weight_axis
 from ptq.records import PlacementPlan, QuantizerSpec
@@ -60,17 +61,17 @@ def amax_bound(spec: QuantizerSpec, dialect: Dialect) -> int:
     return 255 if is_unsigned(spec, dialect) else 127
 
 
-def weight_amax(module: nn.Module, plan: PlacementPlan) -> dict[str, torch.Tensor]:
-    """Returns max |w| per output channel of every quantized layer, as float32 (channels,), by quantizer name.
+def weight_amax(module: nn.Module, plan: PlacementPlan, *, method: WeightMethod = "max") -> dict[str, torch.Tensor]:
+    """Returns the amax per output channel of every quantized layer, as float32 (channels,), by quantizer name.
 
-    A channel of zeros gets the smallest normal float32 times 127, so that its scale is positive.
+    See `amax.amax_from_weight` for the methods.
     """
     table = {}
     for spec in plan.weights:
         weight = module.get_submodule(spec.readers[0]).weight
         assert isinstance(weight, torch.Tensor)
-        amax = weight.detach().abs().transpose(0, spec.axis or 0).flatten(1).amax(1)
-        table[spec.name] = amax.clamp_min(torch.finfo(torch.float32).tiny * 127).float()
+        channels = weight.detach().transpose(0, spec.axis or 0).flatten(1)
+        table[spec.name] = torch.from_numpy(amax_from_weight(channels.float().numpy(), method=method))
     return table
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ptq import gate
-from ptq.config import METHODS, Dialect, GateConfig, Method
+from ptq.config import Dialect, GateConfig, WeightMethod, in_method_order
 from ptq.fake_quant import fake_quant_from_folded, weight_amax
 from ptq.images import network_input
 from ptq.models import FoldedModel, create_model, fold_model, load_weights_
@@ -102,7 +102,13 @@ def sensitivity_images(
 
 
 def choose_methods(
-    model: ModelFiles, *, tables: Mapping[str, Mapping[str, float]], images: np.ndarray, dialect: Dialect, threads: int
+    model: ModelFiles,
+    *,
+    tables: Mapping[str, Mapping[str, float]],
+    images: np.ndarray,
+    dialect: Dialect,
+    weight_method: WeightMethod,
+    threads: int,
 ) -> tuple[dict[str, float], tuple[QuantizerChoice, ...]]:
     """Returns the amax table that takes the best method for every activation quantizer, and the choices behind it.
 
@@ -111,10 +117,11 @@ def choose_methods(
         tables: the amax table of each method, of one trial, in activation units.
         images: normalized images, float32 (n, c, h, w).
         dialect: of the quantizers.
+        weight_method: how the weights' amax is chosen.
         threads: CPU threads; 0 for all cores.
     """
     with torch_threads(threads):
-        network = _network(model, next(iter(tables.values())), dialect)
+        network = _network(model, next(iter(tables.values())), dialect, weight_method)
         found = quantizer_sqnr_db(network.fake_quant, network.plan, tables=tables, images=images)
     methods = best_methods(found)
     choices = tuple(QuantizerChoice(name, method, found[method][name]) for name, method in methods.items())
@@ -122,11 +129,17 @@ def choose_methods(
 
 
 def rank_layers(
-    model: ModelFiles, *, table: Mapping[str, float], images: np.ndarray, dialect: Dialect, threads: int
+    model: ModelFiles,
+    *,
+    table: Mapping[str, float],
+    images: np.ndarray,
+    dialect: Dialect,
+    weight_method: WeightMethod,
+    threads: int,
 ) -> tuple[LayerSensitivity, ...]:
     """Returns the quantized layers, the most sensitive first. See `choose_methods` for the arguments."""
     with torch_threads(threads):
-        network = _network(model, table, dialect)
+        network = _network(model, table, dialect, weight_method)
         quantizers = quantizers_of_layers(network.folded.module, network.plan)
         found = layer_sqnr_db(network.fake_quant, network.plan, quantizers=quantizers, images=images)
     return tuple(LayerSensitivity(layer, found[layer]) for layer in most_sensitive(found))
@@ -150,11 +163,12 @@ def fine_tune_from_files(
 ) -> FineTuned:
     """Fine-tunes a model with the activation amax of `table` and writes its weights to `output`, as safetensors.
 
-    The file has the names of the original network, so that it is a checkpoint of it. See `qat.fine_tune_` for the
-    other arguments.
+    The file has the names of the original network, so that it is a checkpoint of it. Weights are
+    trained within max |w|, so their graph is exported with weight method `max`. See `qat.fine_tune_` for the other
+    arguments.
     """
     with torch_threads(threads):
-        network = _network(model, table, dialect)
+        network = _network(model, table, dialect, "max")
         train = np.load(pixels, mmap_mode="r", allow_pickle=False), np.load(labels, allow_pickle=False)
         result = fine_tune_(
             network.fake_quant, network.plan, train=train, mean=mean, std=std, epochs=epochs,
@@ -165,15 +179,16 @@ def fine_tune_from_files(
     return result
 
 
-def _network(model: ModelFiles, table: Mapping[str, float], dialect: Dialect) -> _Network:
+def _network(model: ModelFiles, table: Mapping[str, float], dialect: Dialect, weight_method: WeightMethod) -> _Network:
     plan = plan_from_file(model.plan)
     original = create_model(model.name, num_classes=model.num_classes, channels=model.channels)
     state = safetensors.torch.load_file(model.weights)
     load_weights_(original, state, name=model.name, source=str(model.weights))
     folded = fold_model(original)
     fake_quant = fake_quant_from_folded(
-        folded.module, plan, dialect=dialect, activation_amax=table, weight_amax=weight_amax(folded.module, plan)
-    )
+        folded.module, plan, dialect=dialect, activation_amax=table,
+        weight_amax=weight_amax(folded.module, plan, method=weight_method),
+    )  # fmt: skip
     return _Network(original, folded, fake_quant, plan)
 
 
@@ -200,18 +215,6 @@ def carried_table(
     return {name: table[name] for name, *_ in wanted} if known.issuperset(wanted) else None
 
 
-def as_method(name: str) -> Method:
-    """Returns the method of that name.
-
-    Raises:
-        ValueError: it is none that calibration knows.
-    """
-    for method in METHODS:
-        if method == name:
-            return method
-    raise ValueError(f"{name!r} is not a calibration method; expected one of {', '.join(METHODS)}.")
-
-
 def groups_of_ranking(layers: Sequence[LayerSensitivity], *, limit: int) -> tuple[FloatGroup, ...]:
     """Returns the groups of layers to leave in float, in the order to try, with their description."""
     sqnr_db = {found.layer: found.sqnr_db for found in layers}
@@ -234,7 +237,7 @@ def describe_choices(choices: Sequence[QuantizerChoice]) -> str:
     'the method chosen per layer: 1 max, 1 mse'
     """
     counts = Counter(choice.method for choice in choices)
-    return f"the method chosen per layer: {', '.join(f'{counts[m]} {m}' for m in METHODS if counts[m])}"
+    return f"the method chosen per layer: {', '.join(f'{counts[m]} {m}' for m in in_method_order(counts))}"
 
 
 def describe_fine_tuning(found: FineTuned, *, images: int, learning_rate: float) -> str:

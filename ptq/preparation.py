@@ -12,7 +12,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from ptq.config import QuantizationConfig
+from ptq.config import QuantizationConfig, WeightMethod
 from ptq.errors import CheckpointError
 from ptq.fake_quant import fake_quant_from_folded, weight_amax
 from ptq.models import (
@@ -83,7 +83,7 @@ def prepare_model(
     plan = place_quantizers(
         folded.module,
         traced=folded.traced,
-        **quantization.model_dump(exclude={"dialects", "bias_correction"}),
+        **quantization.model_dump(exclude={"dialects", "bias_correction", "weight_method"}),
     )
     files = {
         "weights": directory / "weights.safetensors",
@@ -118,7 +118,14 @@ def plan_from_file(path: Path) -> PlacementPlan:
 
 
 def write_template(
-    path: Path, *, weights: Path, plan: PlacementPlan, name: str, num_classes: int, input_shape: tuple[int, int, int]
+    path: Path,
+    *,
+    weights: Path,
+    plan: PlacementPlan,
+    name: str,
+    num_classes: int,
+    input_shape: tuple[int, int, int],
+    weight_method: WeightMethod = "max",
 ) -> None:
     """Writes the Q/DQ template of a prepared model: weight scales set, every activation's amax 1.
 
@@ -137,7 +144,7 @@ def write_template(
         plan,
         dialect="tensorrt",
         activation_amax={spec.name: 1.0 for spec in plan.activations},
-        weight_amax=weight_amax(folded.module, plan),
+        weight_amax=weight_amax(folded.module, plan, method=weight_method),
     )
     export_qdq_template(model, path, plan=plan, input_shape=input_shape)
 

@@ -16,7 +16,7 @@ import jinja2
 import polars
 
 from ptq.charts import box_plot_png, latency_bars_png
-from ptq.config import METHODS
+from ptq.config import in_method_order
 from ptq.records import (
     Attempt,
     BenchmarkRecord,
@@ -25,6 +25,7 @@ from ptq.records import (
     EngineRecord,
     EvaluationRecord,
     GraphChecks,
+    LayerLength,
     Measurement,
     ModelRecord,
     PlacementPlan,
@@ -192,6 +193,7 @@ def html_report(inputs: ReportInputs) -> str:
         infos=infos,
         flipped=_flipped_table(inputs),
         calibration=_calibration_table(inputs),
+        lengths=_lengths_table(inputs),
         provenance=_provenance_tables(inputs),
     )
     return page.strip() + "\n"
@@ -227,7 +229,9 @@ def markdown_report(inputs: ReportInputs) -> str:
         "## Images whose prediction changed\n",
         _markdown_table(_flipped_table(inputs)),
         "## Calibration and provenance\n",
-        *map(_markdown_table, (_calibration_table(inputs), *_provenance_tables(inputs))),
+        _markdown_table(_calibration_table(inputs)),
+        *([_markdown_table(_lengths_table(inputs, limit=WORST_SHOWN))] if inputs.draws.lengths else []),
+        *map(_markdown_table, _provenance_tables(inputs)),
     ]
     return "\n".join(parts)
 
@@ -506,6 +510,30 @@ def _calibration_table(inputs: ReportInputs) -> Table:
     return Table("Calibration draws", ("Fact", "Value"), rows)
 
 
+def _lengths_table(inputs: ReportInputs, *, limit: int | None = None) -> Table:
+    """Images each layer needed, those that needed most first; without rows where the length was fixed."""
+    lengths = inputs.draws.lengths
+    by_layer = list(zip(*(length.layers for length in lengths), strict=True))
+    by_layer.sort(key=lambda layers: max(_need(layer) for layer in layers), reverse=True)
+    rows = tuple((layers[0].name, *map(_need_text, layers)) for layers in by_layer[:limit])
+    more = len(by_layer) - len(rows)
+    note = "Half the width of the last 95 % interval of amax, in percent of amax, stands in brackets."
+    note += f" {more} layers that needed fewer are left out." if more else ""
+    alarming = tuple(i for i, layers in enumerate(by_layer[:limit]) if any(x.images_needed is None for x in layers))
+    columns = ("Layer", *(f"Trial {trial}" for trial in range(len(lengths))))
+    return Table("Images each layer needed for a tight amax", columns, rows, note, alarming=alarming)
+
+
+def _need(layer: LayerLength) -> tuple[float, float]:
+    never = float("inf")
+    return layer.images_needed or never, never if layer.interval_percent is None else layer.interval_percent
+
+
+def _need_text(layer: LayerLength) -> str:
+    needed = "not reached" if layer.images_needed is None else f"{layer.images_needed:,}"
+    return f"{needed} ({with_unit(layer.interval_percent, 1, '%')})"
+
+
 def _provenance_tables(inputs: ReportInputs) -> tuple[Table, ...]:
     verdict, data, engine = inputs.verdict, inputs.data, inputs.benchmark.engine
     clock = inputs.benchmark.clock_mhz
@@ -655,9 +683,8 @@ def _test_metrics(inputs: ReportInputs) -> tuple[SplitMetrics, SplitMetrics]:
     return inputs.baseline.on(split), _evaluation(inputs, inputs.selection.candidate).on(split)
 
 
-def _methods(inputs: ReportInputs) -> list[str]:
-    present = dict.fromkeys(item.method for item in inputs.verdict.candidates)
-    return [*(method for method in METHODS if method in present), *(name for name in present if name not in METHODS)]
+def _methods(inputs: ReportInputs) -> tuple[str, ...]:
+    return in_method_order(item.method for item in inputs.verdict.candidates)
 
 
 def _class_name(inputs: ReportInputs, index: int) -> str:

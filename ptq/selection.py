@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ptq.config import METHODS
+from ptq.config import in_method_order
 from ptq.metrics import PredictionTables, paired_comparison, sampling_std_pp
 from ptq.records import (
     AmaxRecord,
@@ -91,10 +91,8 @@ def method_spreads(rows: Sequence[tuple[str, int, float]]) -> tuple[MethodSpread
     if repeated:
         raise ValueError(f"Method {repeated[0]} has trial {repeated[1]} twice; expected one top-1 for each.")
     spreads = []
-    for method in dict.fromkeys((*METHODS, *(name for name, _, _ in rows))):
-        top1 = [value for name, _, value in rows if name == method]
-        if top1:
-            spreads.append(_spread(method, top1))
+    for method in in_method_order(name for name, _, _ in rows):
+        spreads.append(_spread(method, [value for name, _, value in rows if name == method]))
     return tuple(spreads)
 
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import fx, nn
 
-from ptq.config import METHODS
+from ptq.config import in_method_order
 from ptq.fake_quant import activate_, exportable_fake_quant, set_activation_amax_
 from ptq.metrics import sqnr_db
 from ptq.records import PlacementPlan
@@ -107,7 +107,7 @@ def best_methods(found: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
     >>> best_methods({"mse": {"a": 30.0, "b": 20.0}, "max": {"a": 30.0, "b": 10.0}})
     {'a': 'max', 'b': 'mse'}
     """
-    methods = [method for method in METHODS if method in found]
+    methods = in_method_order(found)
     return {name: max(methods, key=lambda method: found[method][name]) for name in found[methods[0]]}
 
 

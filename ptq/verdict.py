@@ -39,6 +39,25 @@ class VerdictCandidate(_Part):
     same_as: str = ""
 
 
+class VerdictLayer(_Part):
+    """Images after which a layer's amax was within the tolerance and stayed there; None if it never did.
+
+    `interval_percent` is half the width of its 95 % interval at the end, in percent of amax; None for only zeros.
+    """
+
+    name: str
+    images_needed: int | None
+    interval_percent: float | None
+
+
+class VerdictTrial(_Part):
+    """The images a trial used. `layers` is empty where their number was fixed."""
+
+    trial: int
+    images: int
+    layers: tuple[VerdictLayer, ...] = ()
+
+
 class VerdictBest(_Part):
     """The chosen candidate against FP32 on the same images."""
 
@@ -109,6 +128,7 @@ class Verdict(_Part):
     config_sha256: str
     engine: VerdictEngine
     fp32: VerdictBaseline
+    calibration: tuple[VerdictTrial, ...] = ()
     candidates: tuple[VerdictCandidate, ...] = Field(min_length=1)
     best: VerdictBest
     benchmark: tuple[VerdictMeasurement, ...]

@@ -3,7 +3,7 @@
 import json
 
 from ptq.calibration import amax_table
-from ptq.config import Dialect, Method
+from ptq.config import Dialect, LabelledMethod
 from ptq.histogram import trials_from_bytes
 from ptq.preparation import plan_from_file
 from ptq.records import AmaxRecord, ArtifactRef, ModelRecord, StatisticsRecord
@@ -11,15 +11,14 @@ from ptq.store import open_store
 from tasks.stage import RunContext, stage
 
 
-@stage(returns=AmaxRecord, timeout_seconds=None, run_name="compute_amax-{method}-{trial}")
+@stage(returns=AmaxRecord, timeout_seconds=None, run_name="compute_amax-{method.label}-{trial}")
 def compute_amax(
     statistics: StatisticsRecord,
     model: ModelRecord,
     trial: int,
-    method: Method,
+    method: LabelledMethod,
     biases: ArtifactRef | None = None,
     *,
-    percentile: float,
     dialect: Dialect,
     run: RunContext,
 ) -> AmaxRecord:
@@ -30,8 +29,8 @@ def compute_amax(
         trials[trial],
         plan=plan_from_file(store.get_path(model.plan)),
         dialect=dialect,
-        method=method,
-        percentile=percentile,
+        method=method.method,
+        percentile=method.percentile,
     )
     data = json.dumps(table, indent=1, sort_keys=True).encode()
-    return AmaxRecord(trial=trial, method=method, table=store.put_bytes(data, "amax.json"), biases=biases)
+    return AmaxRecord(trial=trial, method=method.label, table=store.put_bytes(data, "amax.json"), biases=biases)

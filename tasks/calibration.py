@@ -3,8 +3,8 @@
 from prefect.logging import get_run_logger
 
 from ptq.arrays import arrays_from_npz, npz_from_arrays
-from ptq.calibration import corrected_biases, means_by_name, statistics_from_files
-from ptq.config import PreprocessingConfig
+from ptq.calibration import corrected_biases, means_by_name, trials_from_files
+from ptq.config import PreprocessingConfig, StoppingRule
 from ptq.histogram import bytes_from_trials
 from ptq.preparation import plan_from_file
 from ptq.records import ArtifactRef, CalibrationDraws, ModelRecord, StatisticsRecord
@@ -21,36 +21,35 @@ def collect_statistics(
     *,
     bins: int,
     threads: int,
+    stopping: StoppingRule | None = None,
     run: RunContext,
 ) -> StatisticsRecord:
-    """Collect the activation histograms of every trial in one pass over the drawn images."""
+    """Collect the activation histograms of every trial over the drawn images, or until there are enough of them."""
     store = open_store(run.store_uri)
     plan = plan_from_file(store.get_path(model.plan))
-    trials = statistics_from_files(
+    found = trials_from_files(
         observed_onnx=store.get_path(model.observed_onnx),
         plan=plan,
         pixels=store.get_path(draws.prepared.pixels),
+        labels=store.get_path(draws.prepared.labels),
         files=store.get_path(draws.prepared.sha256_of_files),
-        draws=draws.indices,
+        draws=draws,
+        class_names=model.class_names,
+        stopping=stopping,
         mean=preprocessing.mean,
         std=preprocessing.std,
         bins=bins,
         threads=threads,
         progress=progress_logger("Calibration images"),
     )
-    get_run_logger().info(
-        "Collected %d histograms for %d trials from %d images",
-        len(plan.activations),
-        len(trials),
-        draws.prepared.images,
-    )
+    get_run_logger().info(found.summary)
+    for warning in found.draws.warnings[len(draws.warnings) :]:
+        get_run_logger().warning(warning)
     return StatisticsRecord(
-        histograms=store.put_bytes(bytes_from_trials([trial.histograms for trial in trials]), "histograms.npz"),
-        channel_means=store.put_bytes(npz_from_arrays(means_by_name(trials, plan=plan)), "channel_means.npz"),
+        histograms=store.put_bytes(bytes_from_trials([trial.histograms for trial in found.trials]), "histograms.npz"),
+        channel_means=store.put_bytes(npz_from_arrays(means_by_name(found.trials, plan=plan)), "channel_means.npz"),
         tensors=tuple(spec.name for spec in plan.activations),
-        trials=len(trials),
-        images=draws.prepared.images,
-        images_per_trial=len(draws.indices[0]),
+        draws=found.draws,
     )
 
 

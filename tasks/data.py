@@ -62,7 +62,7 @@ def draw_calibration_images(
     table = store.get_path(data.table)
     drawn = datasets.draw_trials(
         table, split=split, evaluated_splits=evaluated_splits, images=calibration.images, trials=calibration.trials,
-        seed=calibration.seed, class_names=data.class_names,
+        seed=calibration.seed, class_names=data.class_names, is_ordered=calibration.tolerance_percent > 0,
     )  # fmt: skip
     for warning in drawn.warnings:
         get_run_logger().warning(warning)

@@ -7,7 +7,7 @@ from pathlib import Path
 from prefect.logging import get_run_logger
 
 from ptq.arrays import arrays_from_npz
-from ptq.config import Dialect
+from ptq.config import Dialect, WeightMethod
 from ptq.onnx_graph import write_candidate
 from ptq.preparation import plan_from_file, write_template
 from ptq.records import AmaxRecord, ArtifactRef, GraphRecord, ModelRecord
@@ -16,7 +16,7 @@ from tasks.stage import RunContext, stage
 
 
 @stage(returns=ArtifactRef, timeout_seconds=1800)
-def export_qdq(model: ModelRecord, *, run: RunContext) -> ArtifactRef:
+def export_qdq(model: ModelRecord, *, weight_method: WeightMethod, run: RunContext) -> ArtifactRef:
     """Export the fake-quantized model as the Q/DQ template of every candidate."""
     store = open_store(run.store_uri)
     with tempfile.TemporaryDirectory() as directory:
@@ -28,6 +28,7 @@ def export_qdq(model: ModelRecord, *, run: RunContext) -> ArtifactRef:
             name=model.name,
             num_classes=model.num_classes,
             input_shape=model.input_shape,
+            weight_method=weight_method,
         )
         template = store.put_file(path)
     get_run_logger().info("Exported the Q/DQ template, %d bytes", template.size_bytes)

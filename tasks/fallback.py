@@ -11,7 +11,7 @@ from prefect.logging import get_run_logger
 
 from ptq import fallback
 from ptq.calibration import amax_table, statistics_from_files
-from ptq.config import CalibrationConfig, Dialect, FallbackConfig, GateConfig, PreprocessingConfig
+from ptq.config import CalibrationConfig, Dialect, FallbackConfig, GateConfig, PreprocessingConfig, WeightMethod
 from ptq.preparation import plan_from_file
 from ptq.records import (
     AmaxRecord,
@@ -50,6 +50,7 @@ def choose_methods(
     *,
     images: int,
     dialect: Dialect,
+    weight_method: WeightMethod,
     threads: int,
     run: RunContext,
 ) -> MethodChoice:
@@ -61,6 +62,7 @@ def choose_methods(
         tables={record.method: json.loads(store.get_bytes(record.table)) for record in tables},
         images=_images(store, draws, trial, preprocessing, images),
         dialect=dialect,
+        weight_method=weight_method,
         threads=threads,
     )
     what = fallback.describe_choices(choices)
@@ -80,6 +82,7 @@ def rank_layers(
     images: int,
     limit: int,
     dialect: Dialect,
+    weight_method: WeightMethod,
     threads: int,
     run: RunContext,
 ) -> LayerRanking:
@@ -90,6 +93,7 @@ def rank_layers(
         table=json.loads(store.get_bytes(amax.table)),
         images=_images(store, draws, amax.trial, preprocessing, images),
         dialect=dialect,
+        weight_method=weight_method,
         threads=threads,
     )
     get_run_logger().info("Most sensitive of %d layers: %s, %.1f dB", len(layers), layers[0].layer, layers[0].sqnr_db)
@@ -123,9 +127,9 @@ def carry_amax(
             mean=preprocessing.mean, std=preprocessing.std, bins=calibration.bins, threads=threads,
             progress=progress_logger("Calibration images"),
         )  # fmt: skip
-        method = fallback.as_method(amax.method)
+        method = calibration.labelled(amax.method)
         table = amax_table(
-            trial.histograms, plan=plan, dialect=dialect, method=method, percentile=calibration.percentile
+            trial.histograms, plan=plan, dialect=dialect, method=method.method, percentile=method.percentile
         )
     # Corrected biases belong to the weights they were computed from.
     biases = amax.biases if source.weights == target.weights else None

@@ -178,7 +178,10 @@ def test_fewer_images_than_asked(run, checkpoint, image_folder, tmp_path):
     [
         ("--method", "kl", ["calibration.methods", "kl", "'max', 'percentile', 'mse' or 'entropy'"]),
         ("--engine", "tvm", ["engine.name", "tvm", "openvino"]),
-        ("--percentile", 101, ["calibration.percentile is 101", "less than or equal to 100"]),
+        ("--weight-method", "entropy", ["quantization.weight_method", "entropy", "'max' or 'mse'"]),
+        ("--percentile", 101, ["calibration.percentiles.0 is 101", "less than or equal to 100"]),
+        ("--tolerance", -1, ["calibration.tolerance_percent is -1", "greater than or equal to 0"]),
+        ("--tolerance", 5, ["tolerance_percent is 5 and images 8", "at least 32 images"]),
         ("--trials", 0, ["calibration.trials is 0", "greater than or equal to 1"]),
         ("--crop", 32, ["crop is 32 and resize 24"]),
         ("--publish-as", "../evil", ["model.publish_as"]),

@@ -7,7 +7,7 @@ from prefect import flow
 from safetensors.torch import load_file
 
 from flows.quantize_model import quantize_model
-from ptq.config import PtqConfig
+from ptq.config import LabelledMethod, PtqConfig
 from ptq.store import open_store
 from ptq.terminal import tables_of_verdict
 from ptq.verdict import Verdict
@@ -49,6 +49,7 @@ def config_of(
     *,
     name="needs_two_methods",
     methods=("max",),
+    percentiles=(90.0,),
     trials=1,
     fallback=None,
     **gate,
@@ -57,7 +58,7 @@ def config_of(
         {
             "model": {"name": "networks:NeedsTwoMethods", "checkpoint": str(checkpoints / f"{name}.pth")},
             "data": {"path": str(images), "preprocessing": {"resize": 24, "crop": 24}},
-            "calibration": {"trials": trials, "images": 32, "methods": list(methods), "percentile": 90.0},
+            "calibration": {"trials": trials, "images": 32, "methods": list(methods), "percentiles": list(percentiles)},
             "engine": {"name": "openvino", "threads": 1},
             "benchmark": {"batch_sizes": [1], "duration_s": 0.02, "warmup_ms": 1.0, "rounds": 1},
             "gate": {"max_drop_pp": 5, "min_speedup_fp32": 0.0, **gate},
@@ -142,6 +143,18 @@ def test_a_method_chosen_per_layer_makes_a_model_acceptable_that_no_single_metho
     assert any(reason.startswith("Tried the method chosen per layer: ") for reason in verdict.gate.reasons)
 
 
+def test_several_percentiles_are_methods_to_choose_from(checkpoints, image_folder, store, tmp_path):
+    # Percentile 100 is max, percentile 90 is what the other layers need.
+    result, verdict, _ = run(
+        checkpoints, image_folder, store, tmp_path, methods=("percentile",), percentiles=(90.0, 100.0),
+        fallback={"per_layer_method": True},
+    )  # fmt: skip
+    assert result.accepted
+    assert [candidate.id for candidate in verdict.candidates] == ["percentile-90-0", "percentile-100-0", "per_layer-0"]
+    (chosen,) = [reason for reason in verdict.gate.reasons if reason.startswith("Tried the method chosen per layer")]
+    assert chosen.startswith("Tried the method chosen per layer: 4 percentile-100, 1 percentile-90. ")
+
+
 def test_weights_changed_by_qat_are_judged_delivered_and_named(checkpoints, image_folder, store, tmp_path):
     # FP32 is wrong on three classes of four: trained weights must be better by at least 20 pp.
     result, verdict, _ = run(
@@ -212,8 +225,8 @@ def carry(config, *, pools_before):
     )
     tables = [
         compute_amax(
-            collect_statistics(model, draws, preprocessing, bins=4096, threads=1, run=run), model, 0, "max",
-            percentile=90.0, dialect="cpu", run=run,
+            collect_statistics(model, draws, preprocessing, bins=4096, threads=1, run=run), model, 0,
+            LabelledMethod(label="max", method="max"), dialect="cpu", run=run,
         )
         for model in (before, after)
     ]  # fmt: skip

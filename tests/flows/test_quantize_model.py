@@ -112,13 +112,77 @@ def test_a_second_run_computes_nothing_and_ends_with_the_same_model(finished, ch
 
 def test_a_changed_percentile_repeats_only_what_depends_on_it(finished, checkpoint, image_folder):
     config, _, _ = finished
-    changed = config.model_copy(update={"calibration": config.calibration.model_copy(update={"percentile": 99.0})})
+    changed = config.model_copy(update={"calibration": config.calibration.model_copy(update={"percentiles": (99.0,)})})
     result = quantize_model(changed)
     computed = {
         note["stage"] for note in open_store(config.output.store).run_stages(result.run_id) if not note["cached"]
     }
     assert "compute_amax" in computed
     assert not computed & {"index_images", "prepare_split", "replace_modules", "collect_statistics", "export_qdq"}
+
+
+def test_several_percentiles_are_candidates_of_their_own_everywhere(finished, checkpoint, image_folder):
+    config, directory, _ = finished
+    calibration = config.calibration.model_copy(
+        update={"methods": ("max", "percentile"), "percentiles": (90.0, 99.9), "trials": 1}
+    )
+    result = quantize_model(
+        config.model_copy(
+            update={
+                "calibration": calibration,
+                "output": config.output.model_copy(update={"directory": str(directory / "percentiles")}),
+            }
+        )
+    )
+    labels = ["max", "percentile-90", "percentile-99.9"]
+    verdict = Verdict.model_validate_json((directory / "percentiles" / "verdict.json").read_bytes())
+    assert result.accepted
+    assert [candidate.id for candidate in verdict.candidates] == [f"{label}-0" for label in labels]
+    assert verdict.best.method in labels
+    results = polars.read_parquet(directory / "percentiles" / "results.parquet")
+    assert results["method"].to_list() == labels
+    report = (directory / "percentiles" / "report.md").read_text()
+    assert "| Trial | max | percentile-90 | percentile-99.9 |" in report
+
+
+def test_an_adaptive_run_reports_the_images_each_layer_needed_and_keeps_those_used(checkpoint, image_folder, tmp_path):
+    calibration = {"images": 96, "trials": 2, "methods": ["max", "percentile"], "percentiles": [99.0]}
+    config = config_of(checkpoint, image_folder, tmp_path, calibration={**calibration, "tolerance_percent": 15.0})
+    result = quantize_model(config)
+    verdict = verdict_in(tmp_path)
+    layers = [layer for trial in verdict.calibration for layer in trial.layers]
+    assert [trial.trial for trial in verdict.calibration] == [0, 1]
+    assert {trial.images for trial in verdict.calibration} <= {32, 64, 96}
+    assert min(trial.images for trial in verdict.calibration) < 96
+    assert all(layer.images_needed for layer in layers)
+    assert "Images each layer needed for a tight amax" in (tmp_path / "output" / "report.md").read_text()
+    (note,) = [
+        n for n in open_store(config.output.store).run_stages(result.run_id) if n["stage"] == "collect_statistics"
+    ]
+    record = open_store(config.output.store).read_stage(note["stage"], note["key"]).record
+    assert [len(draw) for draw in record["draws"]["indices"]] == [trial.images for trial in verdict.calibration]
+
+
+def test_a_run_whose_layers_stay_loose_says_which(checkpoint, image_folder, tmp_path):
+    calibration = {"images": 40, "trials": 1, "methods": ["percentile"], "tolerance_percent": 0.01}
+    quantize_model(config_of(checkpoint, image_folder, tmp_path, calibration=calibration))
+    (trial,) = verdict_in(tmp_path).calibration
+    loose = [layer.name for layer in trial.layers if layer.images_needed is None]
+    report = (tmp_path / "output" / "report.md").read_text()
+    assert trial.images == 40
+    assert loose
+    assert "not within 0.01 % after all 40 images of 1 of 1 draws" in report
+
+
+def test_another_weight_method_makes_another_graph_from_the_same_statistics(finished, checkpoint, image_folder):
+    config, directory, _ = finished
+    quantization = config.quantization.model_copy(update={"weight_method": "mse"})
+    result = quantize_model(config.model_copy(update={"quantization": quantization}))
+    computed = {
+        note["stage"] for note in open_store(config.output.store).run_stages(result.run_id) if not note["cached"]
+    }
+    assert {"export_qdq", "evaluate"} <= computed
+    assert "collect_statistics" not in computed
 
 
 def test_a_rejected_model_is_not_published_and_the_previous_one_stays(finished, checkpoint, image_folder):

@@ -25,6 +25,7 @@ from ptq.datasets import (
     refuse_overlap,
     rows_of_split,
     rows_of_split_table,
+    stratified_order,
 )
 from ptq.errors import CalibrationError, ManifestError
 from ptq.images import png_from_pixels
@@ -535,3 +536,35 @@ def test_trials_refuse_a_copy_of_an_evaluated_image_under_another_name(folder, t
     (tmp_path / "index.parquet").write_bytes(parquet_from_index(index(folder)))
     with pytest.raises(CalibrationError, match=r"train/cat/a\.png = test/cat/copy\.png"):
         drawn_trials(tmp_path / "index.parquet", images=4)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(0, 2**31 - 1))
+def test_every_prefix_of_an_order_holds_each_class_nearly_in_proportion(sizes, seed):
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    order = stratified_order(labels, seed=seed)
+    assert sorted(order) == list(range(len(labels)))
+    counts = np.cumsum(labels[order][:, None] == np.arange(len(sizes)), axis=0)
+    lengths = np.arange(1, len(labels) + 1)
+    # At any place of the order each class is within one image of its share, so a prefix is within one per class of its
+    # own length, and a class is off by one and by its share of that.
+    shares = np.array(sizes) / len(labels)
+    assert np.all(np.abs(counts - lengths[:, None] * shares) <= 1 + len(sizes) * shares)
+
+
+def test_an_order_has_no_period_that_groups_of_every_eighth_image_could_meet():
+    labels = np.repeat(np.arange(8), 64)
+    groups = labels[stratified_order(labels, seed=0)].reshape(-1, 8)
+    assert all(len(np.unique(group)) == 8 for group in groups.T)
+
+
+def test_an_order_depends_on_the_seed_alone():
+    labels = np.repeat([0, 1], 20)
+    assert stratified_order(labels, seed=3).tolist() == stratified_order(labels, seed=3).tolist()
+    assert stratified_order(labels, seed=3).tolist() != stratified_order(labels, seed=4).tolist()
+
+
+def test_ordered_trials_hold_the_same_images_as_ascending_ones(table):
+    plain, ordered = (drawn_trials(table, images=3, is_ordered=flag) for flag in (False, True))
+    assert plain.rows == ordered.rows
+    assert plain.indices == tuple(tuple(sorted(draw)) for draw in ordered.indices)
+    assert plain.indices != ordered.indices

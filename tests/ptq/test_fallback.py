@@ -6,7 +6,6 @@ from pydantic import ValidationError
 
 from ptq.config import GateConfig, PtqConfig
 from ptq.fallback import (
-    as_method,
     carried_table,
     conclude,
     describe_fine_tuning,
@@ -128,12 +127,6 @@ def test_a_table_is_carried_over_where_every_quantizer_is_known():
 def test_a_table_is_not_carried_over_to_a_quantizer_that_is_new_or_on_other_values():
     assert carried_table({"a": 1.0}, source=plan("a"), target=plan("a", "b")) is None
     assert carried_table({"a": 1.0}, source=plan("a"), target=plan("a", never_negative=False)) is None
-
-
-def test_only_a_calibration_method_can_be_collected_again():
-    assert as_method("entropy") == "entropy"
-    with pytest.raises(ValueError, match="'per_layer' is not a calibration method; expected one of max, percentile"):
-        as_method("per_layer")
 
 
 def test_groups_name_their_layers_with_their_sensitivity():

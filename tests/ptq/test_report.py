@@ -20,6 +20,7 @@ from ptq.records import (
     GraphChecks,
     GraphFinding,
     Int8Share,
+    LayerLength,
     Measurement,
     MethodSpread,
     ModelRecord,
@@ -30,6 +31,7 @@ from ptq.records import (
     Selection,
     SplitCount,
     SplitMetrics,
+    TrialLength,
 )
 from ptq.report import (
     ReportInputs,
@@ -576,6 +578,31 @@ def test_calibration_counts_draws_and_different_images(page):
     assert ["Images per draw", "3"] in rows
     assert ["Trials, each a seeded draw", "3"] in rows
     assert ["Different images over all draws", "5"] in rows
+
+
+def adaptive_inputs():
+    layers = (LayerLength("conv1", 32, 0.5), LayerLength("relu", None, 7.25))
+    lengths = (
+        TrialLength(64, layers),
+        TrialLength(32, (layers[0], LayerLength("relu", 32, 1.0))),
+        TrialLength(64, (LayerLength("conv1", 64, 1.5), LayerLength("relu", None, None))),
+    )
+    return make_inputs(draws=dataclasses.replace(make_inputs().draws, lengths=lengths))
+
+
+def test_an_adaptive_calibration_lists_what_each_layer_needed_and_names_the_loose_ones():
+    page = Page(html_report(adaptive_inputs()))
+    title = "Images each layer needed for a tight amax"
+    assert page.table(title) == [
+        ["relu", "not reached (7.2 %)", "32 (1.0 %)", "not reached (n/a)"],
+        ["conv1", "32 (0.5 %)", "32 (0.5 %)", "64 (1.5 %)"],
+    ]
+    assert [row[0] for row in page.alarming(title)] == ["relu"]
+    assert "| relu | not reached (7.2 %) | 32 (1.0 %) | not reached (n/a) |" in markdown_report(adaptive_inputs())
+
+
+def test_a_calibration_of_fixed_length_has_no_table_of_what_layers_needed(html):
+    assert "Images each layer needed" not in html + markdown_report(make_inputs())
 
 
 def test_provenance_identifies_checkpoint_data_versions_machine_and_time(page):
