@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.subject import Subject, arguments, temporary_subject, write_result
 from ptq.amax import entropy_bin, mse_bin
-from ptq.config import METHODS
+from ptq.config import METHODS, QuantizationConfig
 from ptq.engines import open_activation_readers, open_engine
 from ptq.metrics import paired_comparison, sqnr_db
 from ptq.observation import observed_names
@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--dialects", nargs="+", default=["cpu", "tensorrt"])
     options = parser.parse_args()
     subject = temporary_subject(options)
+    plain = temporary_subject(options, QuantizationConfig(equalization=False))
     test, val = subject.images("test", 10**9), subject.images("val", 10**9)
     inputs, labels = np.concatenate([val[0], test[0]]), np.concatenate([val[1], test[1]])
     engine = open_engine("openvino", threads=0)
@@ -102,8 +103,8 @@ def main() -> None:
                     note(f"cpu {method} (biases as they were)", logits_of(subject.graph(amax, "cpu", "plain"), "int8"))
         calibration = calibration_inputs(subject)
         if not options.without_reference:
-            for method, amax in reference_tables(subject, calibration).items():
-                note(f"reference {method}", logits_of(subject.graph(amax, "tensorrt", "reference"), "int8"))
+            for method, amax in reference_tables(plain, calibration).items():
+                note(f"reference {method}", logits_of(plain.graph(amax, "tensorrt", "reference"), "int8"))
         if seed == 0:
             found = nncf_logits(subject, calibration, inputs)
             if found is not None:

@@ -24,7 +24,7 @@ def main() -> None:
     subject = temporary_subject(options)
     inputs, _ = subject.images("test", options.test_images)
     histograms = subject.histograms()
-    state = safetensors.torch.load_file(subject.prepared.files["weights"])
+    state = safetensors.torch.load_file(subject.files["weights"])
     folded = folded_from_state(
         state, name=options.model, num_classes=subject.prepared.num_classes, input_shape=subject.shape, source="weights"
     )

@@ -18,12 +18,19 @@ import numpy as np
 from ptq import datasets
 from ptq.arrays import npy_from_array
 from ptq.benchmarking import machine_description
-from ptq.calibration import amax_table, corrected_biases, means_by_name, statistics_from_files
+from ptq.calibration import (
+    RANGE_IMAGES,
+    amax_table,
+    corrected_biases,
+    means_by_name,
+    ranges_from_files,
+    statistics_from_files,
+)
 from ptq.config import Dialect, Method, PreprocessingConfig, QuantizationConfig
 from ptq.histogram import Histograms
 from ptq.images import network_input
 from ptq.onnx_graph import write_candidate
-from ptq.preparation import PreparedModel, prepare_model, write_template
+from ptq.preparation import PreparedModel, equalize_model, prepare_model, write_template
 from ptq.store import library_versions
 
 
@@ -72,15 +79,40 @@ class Subject:
             quantization=self.quantization,
             directory=self.directory,
         )
+        self.files: dict[str, Path] = dict(self.prepared.files)
+        if self.quantization.equalization:
+            self._equalize()
         self.template = self.directory / "template.onnx"
         write_template(
             self.template,
-            weights=self.prepared.files["weights"],
+            weights=self.files["weights"],
             plan=self.prepared.plan,
-            name=options.model,
+            name=self.options.model,
             num_classes=self.prepared.num_classes,
             input_shape=self.shape,
+            weight_method=self.quantization.weight_method,
         )
+
+    def _equalize(self) -> None:
+        pixels = self.directory / "ranges.npy"
+        pixels.write_bytes(npy_from_array(self._drawn(RANGE_IMAGES, seed=0)[0]))
+        ranges = ranges_from_files(
+            observed_onnx=self.files["observed_onnx"], plan=self.prepared.plan, pixels=pixels, images=RANGE_IMAGES,
+            mean=self.preprocessing.mean, std=self.preprocessing.std, threads=0,
+        )  # fmt: skip
+        files, _ = equalize_model(
+            weights=self.files["weights"], plan=self.prepared.plan, ranges=ranges, name=self.options.model,
+            num_classes=self.prepared.num_classes, input_shape=self.shape, directory=self.directory,
+        )  # fmt: skip
+        self.files.update(files)
+
+    def _drawn(self, images: int, *, seed: int) -> tuple[np.ndarray, list[list[str]]]:
+        """Pixels, and path and digest, of a stratified draw of calibration images."""
+        rows = datasets.rows_of_split_table(self.index.table, "train")
+        labels = np.array([row.label for row in rows])
+        chosen = [rows[i] for i in datasets.draw_stratified(labels, images=min(images, len(rows)), seed=seed)]
+        pixels = datasets.decode_rows(chosen, root=str(self.index.root), preprocessing=self.preprocessing)
+        return pixels, [[row.path, row.sha256] for row in chosen]
 
     def images(self, split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the first images of a stratified draw of a split as the network reads them, and their labels."""
@@ -94,18 +126,15 @@ class Subject:
 
     def histograms(self, seed: int = 0) -> Histograms:
         """Returns the activation histograms of one draw of calibration images."""
-        rows = datasets.rows_of_split_table(self.index.table, "train")
-        labels = np.array([row.label for row in rows])
-        chosen = [rows[i] for i in datasets.draw_stratified(labels, images=self.options.calibration_images, seed=seed)]
-        pixels = datasets.decode_rows(chosen, root=str(self.index.root), preprocessing=self.preprocessing)
+        pixels, files = self._drawn(self.options.calibration_images, seed=seed)
         (self.directory / "pixels.npy").write_bytes(npy_from_array(pixels))
-        (self.directory / "files.json").write_text(json.dumps([[row.path, row.sha256] for row in chosen]))
+        (self.directory / "files.json").write_text(json.dumps(files))
         (trial,) = statistics_from_files(
-            observed_onnx=self.prepared.files["observed_onnx"],
+            observed_onnx=self.files["observed_onnx"],
             plan=self.prepared.plan,
             pixels=self.directory / "pixels.npy",
             files=self.directory / "files.json",
-            draws=[range(len(chosen))],
+            draws=[range(len(pixels))],
             mean=self.preprocessing.mean,
             std=self.preprocessing.std,
             bins=4096,

@@ -390,13 +390,11 @@ def evaluate(
     content = _with_implied_crop({"data": _merged({}, {"path": data, "preprocessing": preprocessing})})["data"]
     settings = _validated(DataConfig, content, "The options given")
     _check_choice("engine", engine, ("auto", "openvino", "tensorrt", "onnxruntime"))
-    metrics, class_names = evaluate_file(model, name=name, data=settings, split=split, engine=engine, threads=threads)
+    found = evaluate_file(model, name=name, data=settings, split=split, engine=engine, threads=threads)
     if as_json:
-        from ptq.records import to_jsonable
-
-        _print_json(to_jsonable(metrics))
+        _print_json(found.to_json())
         return
-    for table in tables_of_metrics(metrics, class_names=class_names):
+    for table in tables_of_metrics(found.metrics, found.by_class, class_names=found.class_names):
         _console().print(_rich_table(table))
 
 

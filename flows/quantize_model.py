@@ -35,7 +35,7 @@ from tasks.engine import build_engine, list_precisions, resolve_engine
 from tasks.evaluation import evaluate, evaluate_baseline, select_candidate
 from tasks.export import export_qdq, write_graph
 from tasks.fallback import carry_amax, choose_methods, conclude, fine_tune, is_worth_trying, rank_layers
-from tasks.modules import replace_modules
+from tasks.modules import equalize_channels, replace_modules
 from tasks.publication import check_destinations, decide, publish, write_report
 from tasks.stage import RunContext
 from tasks.validation import validate_graph
@@ -51,6 +51,7 @@ class _Setting:
     dialects: tuple[Dialect, ...]
     precisions: Sequence[Precision]
     data: DataRecord
+    loaded: ModelRecord
     draws: CalibrationDraws
     images: dict[str, PreparedImages]
     selection_split: str
@@ -63,7 +64,8 @@ class _Setting:
 def quantize_model(config: PtqConfig) -> RunResult:
     """Turn one FP32 classifier into a gated, published INT8 model.
 
-    1. index, draw and decode images   2. load the checkpoint, replace modules   3. collect statistics
+    1. index, draw and decode images   2. load the checkpoint, replace modules, equalize channels
+    3. collect statistics
     4. compute amax per trial and method   5. export the Q/DQ graph   6. evaluate every candidate on the engine
     7. select   8. judge: validate the graphs, build engines, benchmark, gate   9. if accuracy alone was rejected, try
     what is configured and judge it   10. publish   11. report
@@ -83,10 +85,11 @@ def quantize_model(config: PtqConfig) -> RunResult:
     has_selection = any(split.split == data_config.selection_split for split in data.splits)
     selection_split = data_config.selection_split if has_selection else data_config.test_split
     splits = tuple(dict.fromkeys((selection_split, data_config.test_split)))
-    model = replace_modules(config.model, data, config.quantization, input_shape=_input_shape(config), run=run)
+    loaded = replace_modules(config.model, data, config.quantization, input_shape=_input_shape(config), run=run)
     draws = draw_calibration_images(
         data, calibration, preprocessing, split=data_config.calibration_split, evaluated_splits=splits, run=run
     )
+    model = _equalized(config, loaded, loaded, draws, run)
     images = {split: prepare_split(data, split, preprocessing, run=run) for split in splits}
 
     statistics = collect_statistics(
@@ -117,8 +120,9 @@ def quantize_model(config: PtqConfig) -> RunResult:
     )
 
     setting = _Setting(
-        config, run, identity, dialects, precisions, data, draws, images, selection_split, model.fp32_onnx, baseline
-    )
+        config, run, identity, dialects, precisions, data, loaded, draws, images, selection_split, model.fp32_onnx,
+        baseline,
+    )  # fmt: skip
     findings = _judge(setting, model, template, tables, candidates, selection)
     if is_worth_trying(findings, config.fallback, config.gate):
         findings = _fall_back(setting, findings)
@@ -129,6 +133,14 @@ def quantize_model(config: PtqConfig) -> RunResult:
         )  # fmt: skip
         findings = replace(findings, publication=publication)
     return write_report(config, findings, run=run)
+
+
+def _equalized(
+    config: PtqConfig, model: ModelRecord, reference: ModelRecord, draws: CalibrationDraws, run: RunContext
+) -> ModelRecord:
+    if not config.quantization.equalization:
+        return model
+    return equalize_channels(model, reference, draws, config.data.preprocessing, threads=config.engine.threads, run=run)
 
 
 def _input_shape(config: PtqConfig) -> tuple[int, int, int]:
@@ -209,6 +221,7 @@ def _attempts(setting: _Setting, first: RunFindings) -> Iterator[tuple[Attempt, 
             model = replace_modules(
                 config.model, setting.data, quantization, input_shape=first.model.input_shape, run=run
             )
+            model = _equalized(config, model, setting.loaded, draws, run)
             amax = carry_amax(
                 first.model, model, best, draws, config.calibration, preprocessing, label=f"float{len(group.layers)}",
                 dialect=dialect, threads=threads, run=run,

@@ -25,10 +25,11 @@ from ptq.histogram import MIN_EXPONENT, Histograms, empty_histograms
 _INFINITY_BITS = 0x7F800000
 _MAGNITUDE = 0x7FFFFFFF
 _LANES = 16
-# Values and bin numbers of a block fit into a first-level cache of 32 KiB.
-_BLOCK = 4096
-# Consecutive equal values would wait for each other's increment; several tables taken in turn do not.
-_TABLES = 4
+# A block, the next one and the bin numbers take 24 KiB: they stay in the first-level cache.
+_BLOCK = 2048
+# Consecutive equal values would wait for each other's increment; two tables taken in turn wait less. More would not
+# fit into the first-level cache.
+_TABLES = 2
 # Rows shorter than this are added up several at a time, to fill vector registers.
 _SHORT_ROW = 64
 
@@ -139,7 +140,7 @@ def _store_nonzero_bins(typing_context, values, start, inverse_width, found, pos
     """Writes the bin numbers of those of 16 values that are not zero to `found` from `position`; returns how many.
 
     16 places are written, of which the first are meant. Vector compression has no Python form; where the processor
-    lacks it, LLVM writes the values one by one.
+    lacks it, LLVM writes the values one by one. What lies a block further on is fetched into the cache meanwhile.
     """
     signature = types.int64(values, start, inverse_width, found, position)
 
@@ -150,6 +151,13 @@ def _store_nonzero_bins(typing_context, values, start, inverse_width, found, pos
         flags = ir.VectorType(ir.IntType(1), _LANES)
         data = context.make_array(signature.args[0])(context, builder, source).data
         bins = context.make_array(signature.args[3])(context, builder, target).data
+        word = ir.IntType(32)
+        ahead = builder.gep(data, [builder.add(first, ir.IntType(64)(_BLOCK))])
+        prefetch = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(ir.VoidType(), [ahead.type, word, word, word]), "llvm.prefetch.p0"
+        )
+        # To be read, kept in all levels of the cache, data. An address behind the array is no fault.
+        builder.call(prefetch, [ahead, word(0), word(3), word(1)])
         loaded = builder.load(builder.bitcast(builder.gep(data, [first]), integers.as_pointer()))
         loaded.align = 4
         magnitudes = builder.and_(loaded, ir.Constant(integers, [_MAGNITUDE] * _LANES))
@@ -290,7 +298,7 @@ def _limit_bits(exponent, bins):  # type: ignore[no-untyped-def]
 @numba.njit(nogil=True, cache=True)
 def _count_block(block, inverse_width, found, tables):  # type: ignore[no-untyped-def]
     """Adds the values that are not zero to the tables and returns how many they are."""
-    first, second, third, fourth = tables[0], tables[1], tables[2], tables[3]
+    first, second = tables[0], tables[1]
     one = np.uint32(1)
     length = 0
     whole = block.size // _LANES * _LANES
@@ -300,15 +308,12 @@ def _count_block(block, inverse_width, found, tables):  # type: ignore[no-untype
         if block[start] != 0:
             found[length] = np.uint32(abs(block[start]) * inverse_width)
             length += 1
-    fours = length // 4 * 4
     # Unsigned 64-bit indices: a signed one would be tested for being negative.
-    for index in range(0, fours, 4):
+    for index in range(0, length // 2 * 2, 2):
         first[np.uint64(found[index])] += one
         second[np.uint64(found[index + 1])] += one
-        third[np.uint64(found[index + 2])] += one
-        fourth[np.uint64(found[index + 3])] += one
-    for index in range(fours, length):
-        first[np.uint64(found[index])] += one
+    if length % 2:
+        first[np.uint64(found[length - 1])] += one
     return length
 
 
@@ -330,14 +335,14 @@ def _add_rows(rows, totals):  # type: ignore[no-untyped-def]
 
 @numba.njit(nogil=True, cache=True)
 def _gather_tables(tables, inverse_width, largest):  # type: ignore[no-untyped-def]
-    """Adds the other tables to the first, clears them, and returns how many bins can hold values."""
+    """Adds the second table to the first, clears it, and returns how many bins can hold values."""
     maximum = np.empty(1, dtype=np.int32)
     maximum[0] = largest
     used = int(np.float64(maximum.view(np.float32)[0]) * inverse_width) + 1
-    first, second, third, fourth = tables[0], tables[1], tables[2], tables[3]
+    first, second = tables[0], tables[1]
     for index in range(used):
-        first[index] += second[index] + third[index] + fourth[index]
-    tables[1:, :used] = 0
+        first[index] += second[index]
+    second[:used] = 0
     return used
 
 

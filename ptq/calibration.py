@@ -6,6 +6,7 @@ tested in its own file.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,11 +20,16 @@ from ptq.bias_correction import bias_shift
 from ptq.collection import Progress, TrialStatistics, collect_statistics
 from ptq.config import Dialect, LabelledMethod, Method, StoppingRule
 from ptq.engines import open_activation_readers
+from ptq.equalization import channel_ranges
 from ptq.fake_quant import amax_bound
 from ptq.histogram import Histograms
+from ptq.images import network_input
 from ptq.observation import observed_names
 from ptq.onnx_graph import read_layers
 from ptq.records import CalibrationDraws, PlacementPlan
+
+# Images whose channel ranges decide the factors of equalization.
+RANGE_IMAGES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +163,48 @@ def _in_one_progress(collect: Callable[..., list[TrialStatistics]], progress: Pr
 
 def _bounds(plan: PlacementPlan, dialect: Dialect) -> Int[np.ndarray, " tensors"]:
     return np.array([amax_bound(spec, dialect) for spec in plan.activations], dtype=np.int64)
+
+
+def ranges_from_files(
+    *,
+    observed_onnx: Path,
+    plan: PlacementPlan,
+    pixels: Path,
+    images: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    threads: int,
+) -> dict[str, np.ndarray]:
+    """Returns max |x| of every channel of the observed tensors, by name, over images evenly spaced in a file.
+
+    Args:
+        observed_onnx: as `statistics_from_files` reads it.
+        plan: its placement plan.
+        pixels: npy, uint8 (n, h, w, c).
+        images: how many images to read; all where there are fewer.
+        mean: per channel, in units of [0, 1].
+        std: per channel, in units of [0, 1].
+        threads: workers, each with one thread; 0 for one per core.
+
+    Channels are those of axis 1, as in the tensors of convolutions and of the linear layer behind them.
+    """
+    stored = np.load(pixels, mmap_mode="r", allow_pickle=False)
+    count = min(images, len(stored))
+    chosen = [index * len(stored) // count for index in range(count)]
+    readers = open_activation_readers(observed_onnx, workers=threads)
+    names, axes = observed_names(plan), [1] * len(plan.activations)
+
+    def widest(worker: int) -> list[np.ndarray]:
+        found: list[np.ndarray] = []
+        for position in chosen[worker :: len(readers)]:
+            image = network_input(stored[position : position + 1], mean=mean, std=std)
+            ranges = channel_ranges(readers[worker](image), axes=axes)
+            found = [np.maximum(*pair) for pair in zip(found, ranges, strict=True)] if found else ranges
+        return found
+
+    with ThreadPoolExecutor(len(readers)) as pool:
+        parts = [part for part in pool.map(widest, range(len(readers))) if part]
+    return {name: np.max(found, axis=0) for name, found in zip(names, zip(*parts, strict=True), strict=True)}
 
 
 def channel_axes(plan: PlacementPlan) -> list[int | None]:

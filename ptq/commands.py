@@ -5,8 +5,9 @@ Single core calls on files, without a store and without a flow.
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -18,15 +19,27 @@ from ptq.engines import open_engine
 from ptq.errors import ManifestError, UsageError
 from ptq.evaluation import SplitImages, evaluate_graph
 from ptq.graph_checks import check_graph
+from ptq.metrics import ClassMetrics, class_metrics, tables_from_parquet
 from ptq.onnx_graph import summarize_onnx
 from ptq.preparation import write_float_model
-from ptq.records import GraphChecks, SplitMetrics
+from ptq.records import GraphChecks, SplitMetrics, to_jsonable
 
 
-def evaluate_file(
-    model: Path, *, name: str, data: DataConfig, split: str, engine: str, threads: int
-) -> tuple[SplitMetrics, tuple[str, ...]]:
-    """Returns the metrics of a checkpoint or an ONNX file on one split, and the names of the classes.
+@dataclass(frozen=True, slots=True)
+class FileEvaluation:
+    """A model file measured on one split: as a whole, by class, and the names of the classes as far as known."""
+
+    metrics: SplitMetrics
+    by_class: ClassMetrics
+    class_names: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns every metric in one JSON object; the confusion matrix has labels in rows."""
+        return {**to_jsonable(self.metrics), **to_jsonable(self.by_class)}
+
+
+def evaluate_file(model: Path, *, name: str, data: DataConfig, split: str, engine: str, threads: int) -> FileEvaluation:
+    """Returns the metrics of a checkpoint or an ONNX file on one split.
 
     Args:
         model: an ONNX file (`.onnx`), else a checkpoint.
@@ -74,8 +87,9 @@ def evaluate_file(
             batch_size=summary.input_shape[0] or 32, float_remainder="fp32", splits=[images],
             mean=preprocessing.mean, std=preprocessing.std, reference_logits=None,
         )  # fmt: skip
-    metrics = found.splits[0]
-    return metrics, index.class_names
+    predictions = tables_from_parquet(found.predictions)[split]
+    by_class = class_metrics(predictions, num_classes=found.num_classes)
+    return FileEvaluation(found.splits[0], by_class, index.class_names)
 
 
 def benchmark_files(

@@ -107,6 +107,9 @@ class QuantizationConfig(_Section):
         "max",
         description="How the amax of each output channel's weights is chosen: largest |w|, or least squared error.",
     )
+    equalization: bool = Field(
+        True, description="Scale channels against the layers around them, so that their ranges come closer."
+    )
     bias_correction: bool = Field(True, description="Take the mean error of rounded weights back in the biases.")
     dialects: tuple[Dialect, ...] = Field(
         (), description="Dialects of the Q/DQ graph to write; empty: the one of the engine."

@@ -18,7 +18,7 @@ import yaml
 from ptq.benchmarking import machine_description
 from ptq.config import PtqConfig
 from ptq.errors import ArtifactError, UsageError
-from ptq.metrics import combined_predictions
+from ptq.metrics import ClassMetrics, class_metrics, combined_predictions, tables_from_parquet
 from ptq.preparation import plan_from_file
 from ptq.records import ArtifactRef, CalibrationDraws, EvaluationRecord, RunFindings, digest, to_jsonable
 from ptq.report import (
@@ -234,10 +234,13 @@ def graph_file_name(findings: RunFindings, index: int) -> str:
 
 def report_inputs(store: Store, config: PtqConfig, findings: RunFindings, verdict: Verdict) -> ReportInputs:
     """Returns what the report is rendered from."""
+    chosen = _evaluation_of(findings, findings.selection.candidate)
     return ReportInputs(
         verdict=verdict,
         baseline=findings.baseline,
+        fp32_by_class=_class_metrics(store, findings, findings.baseline),
         candidates=findings.candidates,
+        int8_by_class=_class_metrics(store, findings, chosen),
         selection=findings.selection,
         benchmark=findings.benchmark,
         checks=findings.checks,
@@ -256,6 +259,12 @@ def report_inputs(store: Store, config: PtqConfig, findings: RunFindings, verdic
         ),
         attempts=findings.attempts,
     )
+
+
+def _class_metrics(store: Store, findings: RunFindings, evaluation: EvaluationRecord) -> ClassMetrics:
+    """What an evaluation's stored predictions say of each class on the test split."""
+    predictions = tables_from_parquet(store.get_path(evaluation.predictions))[findings.selection.test_split]
+    return class_metrics(predictions, num_classes=findings.model.num_classes)
 
 
 def deliver(store: Store, config: PtqConfig, findings: RunFindings, report: RunReport) -> ArtifactRef:

@@ -32,9 +32,10 @@ class SplitImages:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Metrics by split, predictions as Parquet, and logits as npz."""
+    """Metrics by split, the number of the model's outputs, predictions as Parquet, and logits as npz."""
 
     splits: tuple[SplitMetrics, ...]
+    num_classes: int
     predictions: bytes
     logits: bytes
 
@@ -96,4 +97,9 @@ def evaluate_graph(
             logits[images.split] = values
     finally:
         runner.close()
-    return Evaluation(tuple(metrics), parquet_from_tables(tables), npz_from_arrays(logits))
+    return Evaluation(
+        splits=tuple(metrics),
+        num_classes=values.shape[1],
+        predictions=parquet_from_tables(tables),
+        logits=npz_from_arrays(logits),
+    )

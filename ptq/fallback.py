@@ -22,7 +22,7 @@ from ptq.fake_quant import fake_quant_from_folded, weight_amax
 from ptq.images import network_input
 from ptq.models import FoldedModel, create_model, fold_model, load_weights_
 from ptq.preparation import plan_from_file
-from ptq.qat import FineTuned, fine_tune_, unfolded_state
+from ptq.qat import FineTuned, fine_tune_
 from ptq.records import (
     Attempt,
     BenchmarkRecord,
@@ -42,6 +42,7 @@ from ptq.sensitivity import (
     quantizer_sqnr_db,
     quantizers_of_layers,
 )
+from ptq.unfolding import unfolded_state
 
 LAYERS_NAMED = 8
 

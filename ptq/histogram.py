@@ -75,6 +75,8 @@ def histograms_of(
 ) -> Histograms:
     """Returns the histograms of |x| of one image's tensors, at the finest width that holds each maximum.
 
+    This is the plain definition, which tests hold against `accumulation`: there it takes one pass over memory.
+
     Args:
         tensors: float32 arrays of any shape, one per name.
         bins: number of bins, a power of two.

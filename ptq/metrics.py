@@ -7,6 +7,7 @@ nothing. Ties have one rule everywhere: of equal logits, the lowest class index 
 import io
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
 
@@ -26,6 +27,20 @@ PredictionTables = Mapping[str, pl.DataFrame]
 _Z_95 = NormalDist().inv_cdf(0.975)
 
 
+@dataclass(frozen=True, slots=True)
+class ClassMetrics:
+    """How the predictions on one split fall on the classes. `confusion[i][j]` counts images of class i predicted as j.
+
+    Recall and precision are in percent, one entry a class: None for the recall of a class without images and the
+    precision of a class never predicted. A thousand classes have a million counts, so this is no part of a record:
+    `class_metrics` computes it from the stored predictions of the models that are shown.
+    """
+
+    confusion: tuple[tuple[int, ...], ...]
+    recall_percent: tuple[float | None, ...]
+    precision_percent: tuple[float | None, ...]
+
+
 def split_metrics(
     logits: np.ndarray, labels: np.ndarray, *, split: str, reference_logits: np.ndarray | None
 ) -> SplitMetrics:
@@ -38,9 +53,7 @@ def split_metrics(
         reference_logits: FP32's logits on the same images, (n, k); None for FP32 itself.
 
     Returns:
-        Shares in percent, the mean cross-entropy in nats, the k x k confusion matrix (row: label, column:
-        prediction). With fewer than 5 classes every image counts for top-5. The recall of a class without
-        images and the precision of a class never predicted are None.
+        Shares in percent and the mean cross-entropy in nats. With fewer than 5 classes every image counts for top-5.
 
     Raises:
         ValueError: the shapes do not fit, there is no image, or a label is outside [0, k).
@@ -48,30 +61,55 @@ def split_metrics(
 
     >>> logits = np.array([[2.0, 1.0], [0.0, 3.0], [1.0, 1.0]], dtype=np.float32)
     >>> metrics = split_metrics(logits, np.array([0, 0, 0]), split="test", reference_logits=None)
-    >>> metrics.confusion, metrics.recall_percent[1], metrics.precision_percent
-    (((2, 1), (0, 0)), None, (100.0, 0.0))
+    >>> round(metrics.top1_percent, 2), metrics.top5_percent
+    (66.67, 100.0)
     """
     _check_logits(logits, labels, source=f"the model under test on split {split!r}")
     if reference_logits is not None:
         if reference_logits.shape != logits.shape:
             raise ValueError(f"Reference logits have shape {reference_logits.shape}, expected {logits.shape}.")
         _check_logits(reference_logits, labels, source=f"FP32 on split {split!r}")
-    images, classes = logits.shape
     predictions = top1_predictions(logits)
-    confusion = np.bincount(labels * classes + predictions, minlength=classes * classes).reshape(classes, classes)
     return SplitMetrics(
         split=split,
-        images=images,
+        images=len(labels),
         top1_percent=_percent(predictions == labels),
         top5_percent=_percent(_is_top5_correct(logits, labels)),
         loss=float(cross_entropy_per_image(logits, labels).mean()),
-        confusion=tuple(tuple(row) for row in confusion.tolist()),
-        recall_percent=_share_per_class(confusion, confusion.sum(axis=1)),
-        precision_percent=_share_per_class(confusion, confusion.sum(axis=0)),
         sqnr_db=None if reference_logits is None else sqnr_db(reference_logits, logits),
         agreement_percent=None
         if reference_logits is None
         else _percent(predictions == top1_predictions(reference_logits)),
+    )
+
+
+def class_metrics(predictions: pl.DataFrame, *, num_classes: int) -> ClassMetrics:
+    """Returns the confusion matrix of one model on one split, and recall and precision of each class.
+
+    Args:
+        predictions: a table of `predictions_table`, of one split.
+        num_classes: outputs of the model, k; the matrix is k x k (row: label, column: prediction).
+
+    Raises:
+        ValueError: a label or a prediction is outside [0, k).
+
+    >>> table = pl.DataFrame({"label": [0, 0, 0], "prediction": [0, 1, 0]})
+    >>> found = class_metrics(table, num_classes=2)
+    >>> found.confusion, found.recall_percent[1], found.precision_percent
+    (((2, 1), (0, 0)), None, (100.0, 0.0))
+    """
+    for column in ("label", "prediction"):
+        outside = predictions.filter(~pl.col(column).is_between(0, num_classes - 1))[column]
+        if len(outside):
+            raise ValueError(
+                f"The predictions have the {column} {outside[0]}; expected class indices from 0 to {num_classes - 1}."
+            )
+    cells = predictions["label"].to_numpy() * num_classes + predictions["prediction"].to_numpy()
+    confusion = np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
+    return ClassMetrics(
+        confusion=tuple(tuple(row) for row in confusion.tolist()),
+        recall_percent=_share_per_class(confusion, confusion.sum(axis=1)),
+        precision_percent=_share_per_class(confusion, confusion.sum(axis=0)),
     )
 
 
@@ -192,9 +230,9 @@ def parquet_from_tables(tables: Sequence[pl.DataFrame]) -> bytes:
     return buffer.getvalue()
 
 
-def tables_from_parquet(path: Path) -> dict[str, pl.DataFrame]:
-    """Returns the table of each split in a Parquet file of `parquet_from_tables`, rows in their order."""
-    table = pl.read_parquet(path)
+def tables_from_parquet(source: Path | bytes) -> dict[str, pl.DataFrame]:
+    """Returns the table of each split in the Parquet of `parquet_from_tables`, a file or bytes, rows in their order."""
+    table = pl.read_parquet(source)
     return {
         split: table.filter(pl.col("split") == split) for split in table["split"].unique(maintain_order=True).to_list()
     }

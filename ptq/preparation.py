@@ -4,15 +4,19 @@ Loads the weights into the network, folds it, places quantizers and writes the F
 and the Q/DQ template. Which tensors are quantized is decided in `placement`.
 """
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import torch
+from torch import fx
 
 from ptq.config import QuantizationConfig, WeightMethod
+from ptq.equalization import equalize_
 from ptq.errors import CheckpointError
 from ptq.fake_quant import fake_quant_from_folded, weight_amax
 from ptq.models import (
@@ -30,6 +34,7 @@ from ptq.observation import observed_from_folded, observed_names
 from ptq.onnx_graph import HalfPrecision, export_onnx, export_qdq_template
 from ptq.placement import place_quantizers
 from ptq.records import PlacementPlan, record_from_json, to_jsonable
+from ptq.unfolding import unfolded_state
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +88,7 @@ def prepare_model(
     plan = place_quantizers(
         folded.module,
         traced=folded.traced,
-        **quantization.model_dump(exclude={"dialects", "bias_correction", "weight_method"}),
+        **quantization.model_dump(exclude={"dialects", "bias_correction", "weight_method", "equalization"}),
     )
     files = {
         "weights": directory / "weights.safetensors",
@@ -96,8 +101,7 @@ def prepare_model(
     )
     sha256 = file_sha256(checkpoint)
     export_onnx(folded.module, files["fp32_onnx"], input_shape=input_shape, metadata={"checkpoint_sha256": sha256})
-    observed = observed_from_folded(folded.module, plan)
-    export_onnx(observed, files["observed_onnx"], input_shape=input_shape, batch_size=1, observed=observed_names(plan))
+    _write_observed(folded.module, plan, files["observed_onnx"], input_shape=input_shape)
     files["plan"].write_text(json.dumps(to_jsonable(plan), indent=1))
     notes = tuple(note for note in (folded.warning, *plan.warnings) if note)
     return PreparedModel(sha256, files, num_classes, plan, notes)
@@ -110,6 +114,54 @@ def folded_from_state(
     model = create_model(name, num_classes=num_classes, channels=input_shape[0])
     load_weights_(model, state, name=name, source=source)
     return fold_model(model, input_shape=input_shape)
+
+
+def equalize_model(
+    *,
+    weights: Path,
+    plan: PlacementPlan,
+    ranges: Mapping[str, np.ndarray],
+    name: str,
+    num_classes: int,
+    input_shape: tuple[int, int, int],
+    directory: Path,
+) -> tuple[dict[str, Path], int]:
+    """Writes the equalized weights and observed graph of a prepared model; the FP32 graph stays what it was.
+
+    Args:
+        weights: the file of `prepare_model`.
+        plan: its placement plan.
+        ranges: max |x| per channel of the observed tensors, by name.
+        name: a torchvision classifier or `package.module:factory`.
+        num_classes: outputs of the model.
+        input_shape: (c, h, w).
+        directory: an existing folder.
+
+    Returns:
+        the files by the record's field names, and the number of channels that changed; no files for a model that
+        could not be traced, or where nothing changed.
+    """
+    original = create_model(name, num_classes=num_classes, channels=input_shape[0])
+    load_weights_(original, safetensors.torch.load_file(weights), name=name, source=str(weights))
+    folded = fold_model(original, input_shape=input_shape)
+    if not isinstance(folded.module, fx.GraphModule):
+        return {}, 0
+    equalized = copy.deepcopy(folded.module)
+    changed = equalize_(equalized, ranges, input_shape=input_shape)
+    if changed == 0:
+        return {}, 0
+    state = unfolded_state(original, folded, equalized)
+    files = {"weights": directory / "weights_equalized.safetensors", "observed_onnx": directory / "observed.onnx"}
+    safetensors.torch.save_file({key: value.contiguous() for key, value in sorted(state.items())}, files["weights"])
+    _write_observed(equalized, plan, files["observed_onnx"], input_shape=input_shape)
+    return files, changed
+
+
+def _write_observed(
+    module: torch.nn.Module, plan: PlacementPlan, path: Path, *, input_shape: tuple[int, int, int]
+) -> None:
+    observed = observed_from_folded(module, plan)
+    export_onnx(observed, path, input_shape=input_shape, batch_size=1, observed=observed_names(plan))
 
 
 def plan_from_file(path: Path) -> PlacementPlan:

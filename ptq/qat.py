@@ -12,19 +12,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import fx, nn
+from torch import nn
 
 from ptq.errors import CalibrationError
 from ptq.fake_quant import exportable_fake_quant
 from ptq.images import network_input
-from ptq.models import FoldedModel
 from ptq.records import PlacementPlan
 from ptq.training import MOMENTUM, Examples, evaluate_classifier, learning_rates
 
 BATCH_SIZE = 32
 # The one-cycle schedule ends at 0, so that an epoch of one step would train nothing.
 LEAST_STEPS = 4
-_BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,47 +132,3 @@ def _keep_within_(bounds: Sequence[_Bounds]) -> None:
         for bound in bounds:
             clipped = torch.maximum(torch.minimum(bound.weight, bound.amax), -bound.amax)
             bound.weight.copy_(torch.where(bound.reaches, bound.values, clipped))
-
-
-def unfolded_state(original: nn.Module, folded: FoldedModel, tuned: nn.Module) -> dict[str, torch.Tensor]:
-    """Returns a state dict of the original network that folds to the weights of a fine-tuned folded one.
-
-    Args:
-        original: the network before folding, with any weights.
-        folded: what `fold_model` made of it.
-        tuned: a fake-quantized copy of the folded model.
-
-    A folded BatchNorm becomes the addition of its layer's bias: weight 1, bias 0, variance 1 - eps, mean -bias.
-    """
-    state = {name: value.detach().clone() for name, value in original.state_dict().items()}
-    trained = {name: value.detach().clone() for name, value in tuned.state_dict().items()}
-    for name in folded.module.state_dict():
-        if name in state:
-            state[name] = trained[name]
-    for norm, layer in _folded_batchnorms(original, folded).items():
-        neutral = {"weight": 1.0, "bias": 0.0, "running_var": 1.0 - original.get_submodule(norm).eps}
-        for name, value in neutral.items():
-            if f"{norm}.{name}" in state:
-                state[f"{norm}.{name}"].fill_(value)
-        state[f"{norm}.running_mean"] = -trained[f"{layer}.bias"]
-        if f"{layer}.bias" in state:
-            state[f"{layer}.bias"].zero_()
-    return state
-
-
-def _folded_batchnorms(original: nn.Module, folded: FoldedModel) -> dict[str, str]:
-    """The layer into which each BatchNorm that is gone was folded, by their names."""
-    if not folded.traced:
-        return {}
-    remaining = {name for name, _ in folded.module.named_modules()}
-    layers = {name for name, module in original.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
-    found = {}
-    for node in fx.symbolic_trace(original).graph.nodes:
-        if node.op != "call_module" or node.target in remaining:
-            continue
-        if isinstance(original.get_submodule(node.target), _BATCHNORMS):
-            source = node.args[0]
-            while source.target not in layers:  # dropout and identities between the two are gone as well
-                source = source.args[0]
-            found[node.target] = source.target
-    return found

@@ -1,7 +1,8 @@
 """What did the pipeline find?
 
 Small frozen values that stages hand to each other: numbers, names and references to stored objects. Tensors,
-tables and models never travel in them. Every record is JSON after `to_jsonable`, and comes back with
+tables and models never travel in them, nor do counts per class: each element of a record costs microseconds at every
+stage that takes it. Every record is JSON after `to_jsonable`, and comes back with
 `record_from_json`.
 """
 
@@ -312,7 +313,7 @@ class EngineRecord:
 
 @dataclass(frozen=True, slots=True)
 class SplitMetrics:
-    """Metrics of one model on one split. `confusion[i][j]` counts images of class i predicted as class j.
+    """Metrics of one model on one split, a fixed number of them: what grows with the classes is `metrics.ClassMetrics`.
 
     `sqnr_db` is the signal-to-quantization-noise ratio of the logits against FP32's, and `agreement_percent`
     the share of images with FP32's top-1; both are None for FP32 itself.
@@ -323,9 +324,6 @@ class SplitMetrics:
     top1_percent: float
     top5_percent: float
     loss: float
-    confusion: tuple[tuple[int, ...], ...]
-    recall_percent: tuple[float | None, ...]
-    precision_percent: tuple[float | None, ...]
     sqnr_db: float | None
     agreement_percent: float | None
 

@@ -17,6 +17,7 @@ import polars
 
 from ptq.charts import box_plot_png, latency_bars_png
 from ptq.config import in_method_order
+from ptq.metrics import ClassMetrics
 from ptq.records import (
     Attempt,
     BenchmarkRecord,
@@ -60,11 +61,16 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True)
 class ReportInputs:
-    """Everything a report tells. `candidates` holds one evaluation per amax table, `verdict.candidates` every name."""
+    """Everything a report tells. `candidates` holds one evaluation per amax table, `verdict.candidates` every name.
+
+    `fp32_by_class` and `int8_by_class`, of the chosen candidate, are of the test split.
+    """
 
     verdict: Verdict
     baseline: EvaluationRecord
+    fp32_by_class: ClassMetrics
     candidates: tuple[EvaluationRecord, ...]
+    int8_by_class: ClassMetrics
     selection: Selection
     benchmark: BenchmarkRecord
     checks: tuple[GraphChecks, ...]
@@ -334,7 +340,7 @@ def _attempts_table(inputs: ReportInputs) -> Table:
 
 
 def _confused_table(inputs: ReportInputs) -> Table:
-    fp32, int8 = _test_metrics(inputs)
+    fp32, int8 = inputs.fp32_by_class, inputs.int8_by_class
     pairs = (
         (max(b, a), b, a, true, predicted)
         for true, (row, row8) in enumerate(zip(fp32.confusion, int8.confusion, strict=True))
@@ -351,10 +357,10 @@ def _confused_table(inputs: ReportInputs) -> Table:
 
 
 def _per_class_table(inputs: ReportInputs) -> Table:
-    fp32, int8 = _test_metrics(inputs)
+    fp32, int8 = inputs.fp32_by_class, inputs.int8_by_class
     classes = range(len(fp32.recall_percent))
     shown: Sequence[int] = classes
-    title = f"Recall and precision per class on {fp32.split}, %"
+    title = f"Recall and precision per class on {inputs.selection.test_split}, %"
     if len(classes) > CLASSES_IN_A_TABLE:
         pairs = enumerate(zip(fp32.recall_percent, int8.recall_percent, strict=True))
         change = {i: after - before for i, (before, after) in pairs if before is not None and after is not None}
@@ -629,18 +635,17 @@ def _tiles(inputs: ReportInputs) -> list[_Tile]:
 
 
 def _matrices(inputs: ReportInputs) -> tuple[_Matrix, ...]:
-    return tuple(
-        _matrix(inputs, metrics, f"{name}, {metrics.images:,} {metrics.split} images")
-        for name, metrics in zip(("FP32", "INT8"), _test_metrics(inputs), strict=True)
-    )
+    found = (("FP32", inputs.fp32_by_class), ("INT8", inputs.int8_by_class))
+    images = f"{inputs.selection.comparison.images:,} {inputs.selection.test_split} images"
+    return tuple(_matrix(inputs, by_class.confusion, f"{name}, {images}") for name, by_class in found)
 
 
-def _matrix(inputs: ReportInputs, metrics: SplitMetrics, title: str) -> _Matrix:
-    names = [_class_name(inputs, i) for i in range(len(metrics.confusion))]
+def _matrix(inputs: ReportInputs, confusion: Sequence[Sequence[int]], title: str) -> _Matrix:
+    names = [_class_name(inputs, i) for i in range(len(confusion))]
     # Long names would push a matrix off the page, so the columns then carry the number that the rows show.
     numbered = len(names) > 6 or max(map(len, names), default=0) > 12
     rows = []
-    for true, counts in enumerate(metrics.confusion):
+    for true, counts in enumerate(confusion):
         total = sum(counts)
         cells = tuple(
             _MatrixCell(

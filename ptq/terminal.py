@@ -7,6 +7,7 @@ business; the page of a run is `report`'s.
 from collections.abc import Sequence
 
 from ptq.benchmarking import FileMeasurement
+from ptq.metrics import ClassMetrics
 from ptq.records import GraphChecks, SplitMetrics
 from ptq.tables import Table, fixed, interval_text, percent_change, probability
 from ptq.verdict import Verdict, VerdictMeasurement
@@ -81,20 +82,22 @@ def _is_float(item: VerdictMeasurement) -> bool:
     return item.precision != "int8"
 
 
-def tables_of_metrics(metrics: SplitMetrics, *, class_names: Sequence[str]) -> tuple[Table, ...]:
+def tables_of_metrics(
+    metrics: SplitMetrics, by_class: ClassMetrics, *, class_names: Sequence[str]
+) -> tuple[Table, ...]:
     """Returns loss and accuracy, and for up to 20 classes the confusion matrix with recall and precision."""
     summary = Table(
         f"{metrics.images:,} images of {metrics.split}",
         ("Top-1, %", "Top-5, %", "Loss"),
         ((fixed(metrics.top1_percent, 2), fixed(metrics.top5_percent, 2), fixed(metrics.loss, 4)),),
     )
-    if len(metrics.confusion) > CLASSES_SHOWN:
+    if len(by_class.confusion) > CLASSES_SHOWN:
         return (summary,)
-    names = [*class_names, *(str(index) for index in range(len(class_names), len(metrics.confusion)))]
+    names = [*class_names, *(str(index) for index in range(len(class_names), len(by_class.confusion)))]
     rows = tuple(
         (name, *(f"{count:,}" for count in row), fixed(recall, 1), fixed(precision, 1))
         for name, row, recall, precision in zip(
-            names, metrics.confusion, metrics.recall_percent, metrics.precision_percent, strict=True
+            names, by_class.confusion, by_class.recall_percent, by_class.precision_percent, strict=True
         )
     )
     columns = ("True class", *names, "Recall, %", "Precision, %")

@@ -1,13 +1,15 @@
 """The stage that loads a checkpoint and replaces modules by quantized ones."""
 
+import dataclasses
 import tempfile
 from pathlib import Path
 
 from prefect.logging import get_run_logger
 
-from ptq.config import ModelConfig, QuantizationConfig
-from ptq.preparation import model_sources, prepare_model
-from ptq.records import DataRecord, ModelRecord
+from ptq.calibration import RANGE_IMAGES, ranges_from_files
+from ptq.config import ModelConfig, PreprocessingConfig, QuantizationConfig
+from ptq.preparation import equalize_model, model_sources, plan_from_file, prepare_model
+from ptq.records import CalibrationDraws, DataRecord, ModelRecord
 from ptq.store import open_store
 from tasks.stage import RunContext, stage
 
@@ -50,3 +52,44 @@ def replace_modules(
         warnings=prepared.warnings,
         **files,
     )
+
+
+@stage(returns=ModelRecord, timeout_seconds=3600, ignore=("threads",))
+def equalize_channels(
+    model: ModelRecord,
+    reference: ModelRecord,
+    draws: CalibrationDraws,
+    preprocessing: PreprocessingConfig,
+    *,
+    threads: int,
+    run: RunContext,
+) -> ModelRecord:
+    """Scale channels against the layers around them, by the ranges that `reference` shows on drawn images."""
+    store = open_store(run.store_uri)
+    plan = plan_from_file(store.get_path(reference.plan))
+    if not plan.traced:
+        return model
+    ranges = ranges_from_files(
+        observed_onnx=store.get_path(reference.observed_onnx),
+        plan=plan,
+        pixels=store.get_path(draws.prepared.pixels),
+        images=RANGE_IMAGES,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        threads=threads,
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        files, changed = equalize_model(
+            weights=store.get_path(model.weights),
+            plan=plan_from_file(store.get_path(model.plan)),
+            ranges=ranges,
+            name=model.name,
+            num_classes=model.num_classes,
+            input_shape=model.input_shape,
+            directory=Path(directory),
+        )
+        stored = {name: store.put_file(path) for name, path in files.items()}
+    get_run_logger().info("Scaled %d channels so that the ranges within a tensor come closer", changed)
+    if not stored:
+        return model
+    return dataclasses.replace(model, weights=stored["weights"], observed_onnx=stored["observed_onnx"])

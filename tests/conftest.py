@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import ptq.engines.openvino  # noqa: F401 - a test that imports OpenVINO itself first would have it send telemetry
+
 # Before Prefect is imported: nothing phones home, and a busy machine may take its time to start the server.
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")

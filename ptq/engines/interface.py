@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +21,22 @@ from ptq.records import EngineIdentity, Int8Share, LayerReport
 FloatRemainder = Literal["fp32", "bf16"]
 Float32Array = npt.NDArray[np.float32]
 
-# From one normalized image (1, c, h, w) to the observed tensors; the arrays hold until the next call.
+# From one normalized image (1, c, h, w) to the observed tensors.
 ActivationReader = Callable[[Float32Array], list[Float32Array]]
+# Takes the position of an observed tensor and its values, which hold until it returns.
+Observe = Callable[[int, Float32Array], None]
+
+
+@runtime_checkable
+class StreamingReader(Protocol):
+    """An activation reader that can hand over each tensor as soon as it is computed, so that none is kept."""
+
+    def __call__(self, image: Float32Array) -> list[Float32Array]:
+        """Returns copies of the observed tensors of one normalized image (1, c, h, w)."""
+
+    def stream(self, image: Float32Array, observe: Observe) -> None:
+        """Hands every observed tensor of an image to `observe` once; raises what `observe` raised first."""
+
 
 CONVOLUTION = "convolution"
 LINEAR = "linear"

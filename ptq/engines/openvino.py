@@ -9,11 +9,15 @@ though not in results.
 """
 
 import io
+import math
+import sys
 import time
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import openvino
+import numpy as np
 
 from ptq.config import Precision
 from ptq.engines.interface import (
@@ -24,6 +28,7 @@ from ptq.engines.interface import (
     BuiltEngine,
     Float32Array,
     FloatRemainder,
+    Observe,
     pad_batch,
     require_batch_size,
     require_classifier,
@@ -31,6 +36,17 @@ from ptq.engines.interface import (
 )
 from ptq.errors import EngineBuildError
 from ptq.records import EngineIdentity, LayerReport
+
+# The import of OpenVINO forks a process that sends an event home: beside other threads the fork can hang, and with it
+# the end of the program. Without this package OpenVINO has a stub of its own.
+_has_telemetry = "openvino_telemetry" in sys.modules
+try:
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+    from openvino import opset13 as opset
+finally:
+    if not _has_telemetry:
+        del sys.modules["openvino_telemetry"]
 
 _DEVICE = "CPU"
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
@@ -210,8 +226,15 @@ def _cause(error: RuntimeError) -> str:
     return " ".join(said)[:300].rstrip(". ")
 
 
+# Tensors handed over in one call, in bytes: few calls, and yet the tensors are in the cache.
+_HANDED_OVER_BYTES = 2**21
+
+
 def open_activation_readers(observed: Path, *, workers: int) -> list[ActivationReader]:
     """Returns one reader of activations per worker; together they use one thread each.
+
+    The tensors are handed over while the graph runs, from where its layers wrote them. As outputs, all of them would
+    be kept to the end, copied, and brought from OpenVINO's layout of channels behind pixels to that of the file.
 
     Args:
         observed: FP32 graph of batch 1 whose outputs are the logits and the observed tensors.
@@ -223,23 +246,115 @@ def open_activation_readers(observed: Path, *, workers: int) -> list[ActivationR
     core = openvino.Core()
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": workers, "NUM_STREAMS": workers}
     try:
-        compiled = core.compile_model(observed, _DEVICE, settings)
+        model = core.read_model(observed)
+        readers = [_ActivationReader(number) for number in range(workers)]
+        _observe_outputs_(model, readers)
+        compiled = core.compile_model(model, _DEVICE, settings)
     except RuntimeError as error:
         raise EngineBuildError(
             f"OpenVINO cannot build the calibration graph {observed.name}: {_cause(error)}. Expected an FP32 graph; "
             "check it with `ptq validate`."
         ) from error
-    return [_activation_reader(compiled) for _ in range(workers)]
+    for reader in readers:
+        reader.open_(compiled)
+    return list(readers)
 
 
-def _activation_reader(compiled: openvino.CompiledModel) -> ActivationReader:
-    request = compiled.create_infer_request()
-    outputs = range(1, len(compiled.outputs))
+class _ActivationReader:
+    """Runs one image at a time; the graph calls it back with tensors."""
 
-    def read(image: Float32Array) -> list[Float32Array]:
-        request.set_input_tensor(0, openvino.Tensor(image, shared_memory=True))
-        request.infer()
-        # Views into the request: valid until its next inference, and no copy of tens of megabytes an image.
-        return [request.get_output_tensor(index).data for index in outputs]
+    def __init__(self, number: int) -> None:
+        self._number = np.array([number], dtype=np.int32)
+        self._observe: Observe | None = None
+        self._error: BaseException | None = None
 
-    return read
+    def open_(self, compiled: openvino.CompiledModel) -> None:
+        """Gives the reader its own request, which tells the graph by a number who asked."""
+        self._request = compiled.create_infer_request()
+        self._request.set_input_tensor(1, openvino.Tensor(self._number, shared_memory=True))
+
+    def __call__(self, image: Float32Array) -> list[Float32Array]:
+        """Returns copies of the observed tensors; see `StreamingReader`."""
+        found: dict[int, Float32Array] = {}
+        self.stream(image, lambda index, tensor: found.update({index: tensor.copy()}))
+        return [found[index] for index in range(len(found))]
+
+    def stream(self, image: Float32Array, observe: Observe) -> None:
+        """Hands the observed tensors to `observe`; see `StreamingReader`."""
+        self._observe, self._error = observe, None
+        self._request.set_input_tensor(0, openvino.Tensor(image, shared_memory=True))
+        self._request.infer()
+        self._observe = None
+        if self._error is not None:
+            raise self._error
+
+    def take(self, index: int, tensor: Float32Array) -> None:
+        """Hands a tensor over. An error waits for the end of the run: OpenVINO would turn it into its own."""
+        if self._error is None and self._observe is not None:
+            try:
+                self._observe(index, tensor)
+            except BaseException as error:
+                self._error = error
+
+
+class _Observation(openvino.Op):
+    """A node that hands its inputs to the reader whose number is its last input; its output means nothing.
+
+    It does not own the readers: they own the compiled graph, which owns the node, and nobody collects such a circle.
+    """
+
+    def __init__(
+        self,
+        inputs: Sequence[Any],
+        readers: Sequence["weakref.ref[_ActivationReader]"],
+        tensors: Sequence[tuple[int, bool]],
+    ) -> None:
+        super().__init__(self)
+        self._readers = readers
+        self._tensors = tensors
+        self.set_arguments(inputs)
+        self.constructor_validate_and_infer_types()
+
+    def validate_and_infer_types(self) -> None:
+        self.set_output_type(0, openvino.Type.i32, openvino.PartialShape([1]))
+
+    def clone_with_new_inputs(self, new_inputs: Sequence[Any]) -> "_Observation":
+        return _Observation(new_inputs, self._readers, self._tensors)
+
+    def has_evaluate(self) -> bool:
+        return True
+
+    def evaluate(self, outputs: Sequence[openvino.Tensor], inputs: Sequence[openvino.Tensor]) -> bool:
+        reader = self._readers[int(inputs[-1].data[0])]()
+        assert reader is not None, "a reader lives while its request runs"
+        for (index, is_channels_last), tensor in zip(self._tensors, inputs, strict=False):
+            values = tensor.data
+            reader.take(index, values.transpose(0, 3, 1, 2) if is_channels_last else values)
+        return True
+
+
+def _observe_outputs_(model: openvino.Model, readers: Sequence[_ActivationReader]) -> None:
+    """Replaces the outputs behind the logits by nodes that hand their tensors to the readers."""
+    references = [weakref.ref(reader) for reader in readers]
+    number = opset.parameter([1], openvino.Type.i32, name="reader")
+    model.add_parameters([number])
+    results = [output.get_node() for output in model.outputs[1:]]
+    inputs: list[Any] = []
+    tensors: list[tuple[int, bool]] = []
+    size_bytes = 0
+    for index, result in enumerate(results):
+        tensor = result.input_value(0)
+        is_image_like = len(tensor.get_shape()) == 4
+        if is_image_like:
+            # Convolutions write channels behind pixels, so that this transposition moves nothing.
+            tensor = opset.transpose(tensor, np.array([0, 2, 3, 1], dtype=np.int64)).output(0)
+        inputs.append(tensor)
+        tensors.append((index, is_image_like))
+        size_bytes += 4 * math.prod(tensor.get_shape())
+        if size_bytes >= _HANDED_OVER_BYTES or index == len(results) - 1:
+            node = _Observation([*inputs, number.output(0)], references, tensors)
+            model.add_results([opset.result(node.output(0))])
+            inputs, tensors, size_bytes = [], [], 0
+    for result in results:
+        model.remove_result(result)
+    model.validate_nodes_and_infer_types()

@@ -83,6 +83,20 @@ def test_predictions_are_enough_to_compute_the_accuracy_again(finished):
     )
 
 
+def test_the_confusion_matrices_of_the_report_count_the_stored_predictions(finished):
+    _, directory, _ = finished
+    table = polars.read_parquet(directory / "output" / "predictions.parquet").filter(polars.col("split") == "test")
+    report = (directory / "output" / "report.html").read_text()
+    names = ("north-east", "north-west", "south-east", "south-west")
+    for candidate, title in (("fp32", "FP32"), (verdict_in(directory).best.id, "INT8")):
+        matrix = report[report.index(f"Confusion matrix: {title}") :]
+        matrix = matrix[: matrix.index("</table>")]
+        rows = table.filter(polars.col("candidate") == candidate)
+        for label, predicted in np.ndindex(4, 4):
+            count = rows.filter((polars.col("label") == label) & (polars.col("prediction") == predicted)).height
+            assert f"{names[label]} predicted as {names[predicted]}: {count} of 12" in matrix
+
+
 def test_every_file_of_the_verdict_is_in_the_store(finished):
     config, directory, _ = finished
     store = open_store(config.output.store)

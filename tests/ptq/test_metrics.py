@@ -11,6 +11,7 @@ from scipy.stats import binomtest
 
 from ptq.errors import EngineBuildError
 from ptq.metrics import (
+    class_metrics,
     combined_predictions,
     cosine_per_image,
     cross_entropy_per_image,
@@ -25,7 +26,15 @@ from ptq.metrics import (
     tables_from_parquet,
     top1_predictions,
 )
-from ptq.records import PairedComparison, SplitMetrics, record_from_json, to_jsonable
+from ptq.records import (
+    ArtifactRef,
+    EvaluationRecord,
+    PairedComparison,
+    SplitMetrics,
+    digest,
+    record_from_json,
+    to_jsonable,
+)
 
 # Predictions 0, 1, 1, 0 against the labels 0, 1, 0, 0; class 2 has no image and is never predicted.
 LOGITS = np.array([[3.0, 1.0, 0.0], [0.0, 2.0, 1.0], [1.0, 2.0, 0.0], [1.0, 0.0, 0.5]], dtype=np.float32)
@@ -34,6 +43,12 @@ LABELS = np.array([0, 1, 0, 0])
 
 def metrics_of(logits, labels, reference_logits=None):
     return split_metrics(logits, labels, split="test", reference_logits=reference_logits)
+
+
+def by_class_of(logits, labels):
+    names = [str(index) for index in range(len(labels))]
+    table = predictions_table(logits, labels, split="test", paths=names, sha256=names)
+    return class_metrics(table, num_classes=logits.shape[1])
 
 
 def comparison_of(lost, gained, both, neither):
@@ -84,13 +99,32 @@ def test_the_loss_stays_finite_for_logits_whose_exponential_overflows():
 
 
 def test_the_confusion_matrix_has_labels_in_rows_and_predictions_in_columns():
-    assert metrics_of(LOGITS, LABELS).confusion == ((2, 1, 0), (0, 1, 0), (0, 0, 0))
+    assert by_class_of(LOGITS, LABELS).confusion == ((2, 1, 0), (0, 1, 0), (0, 0, 0))
 
 
 def test_recall_and_precision_are_none_for_a_class_that_never_occurs():
-    metrics = metrics_of(LOGITS, LABELS)
-    assert metrics.recall_percent == (200 / 3, 100.0, None)
-    assert metrics.precision_percent == (100.0, 50.0, None)
+    found = by_class_of(LOGITS, LABELS)
+    assert found.recall_percent == (200 / 3, 100.0, None)
+    assert found.precision_percent == (100.0, 50.0, None)
+
+
+@pytest.mark.parametrize(("column", "index"), [("label", 2), ("prediction", 2), ("label", -1)])
+def test_a_class_beyond_the_models_outputs_is_refused(column, index):
+    table = pl.DataFrame({"label": [0, 1], "prediction": [1, 0]}).with_columns(pl.lit(index).alias(column))
+    with pytest.raises(ValueError, match=f"have the {column} {index}; expected class indices from 0 to 1"):
+        class_metrics(table, num_classes=2)
+
+
+def test_an_evaluation_of_a_thousand_classes_is_a_small_record():
+    # Every stage that takes candidates walks, digests and stores each element of their records.
+    generator = np.random.default_rng(0)
+    logits = generator.normal(size=(1000, 1000)).astype(np.float32)
+    splits = tuple(
+        split_metrics(logits, np.arange(1000), split=split, reference_logits=logits + 1) for split in ("val", "test")
+    )
+    stored = ArtifactRef(name="logits.npz", sha256=digest("logits"), size_bytes=4_000_000)
+    record = EvaluationRecord("percentile-99.99-4", 4, "percentile-99.99", splits, predictions=stored, logits=stored)
+    assert len(json.dumps(to_jsonable(record))) < 1024 * len(splits)
 
 
 def test_the_baseline_has_neither_sqnr_nor_agreement():

@@ -4,10 +4,12 @@ import io
 import re
 from html.parser import HTMLParser
 
+import polars as pl
 import pytest
 from PIL import Image
 
 from ptq.charts import box_plot_png
+from ptq.metrics import class_metrics
 from ptq.records import (
     ArtifactRef,
     BenchmarkRecord,
@@ -57,25 +59,23 @@ def reference(name):
     return ArtifactRef(name=name, sha256=(name.encode().hex() + "0" * 64)[:64], size_bytes=97_800_000)
 
 
-def share(part, whole):
-    return 100 * part / whole if whole else None
-
-
 def metrics(confusion, *, split, loss=0.4, sqnr_db=None, agreement_percent=None):
-    size, images = len(confusion), sum(map(sum, confusion))
-    columns = [sum(column) for column in zip(*confusion, strict=True)]
+    images = sum(map(sum, confusion))
     return SplitMetrics(
         split=split,
         images=images,
-        top1_percent=100 * sum(confusion[i][i] for i in range(size)) / images,
+        top1_percent=100 * sum(confusion[i][i] for i in range(len(confusion))) / images,
         top5_percent=99.5,
         loss=loss,
-        confusion=confusion,
-        recall_percent=tuple(share(confusion[i][i], sum(confusion[i])) for i in range(size)),
-        precision_percent=tuple(share(confusion[i][i], columns[i]) for i in range(size)),
         sqnr_db=sqnr_db,
         agreement_percent=agreement_percent,
     )
+
+
+def by_class(confusion):
+    cells = ((i, j) for i, row in enumerate(confusion) for j, count in enumerate(row) for _ in range(count))
+    table = pl.DataFrame(list(cells), schema=["label", "prediction"], orient="row")
+    return class_metrics(table, num_classes=len(confusion))
 
 
 def evaluation(name, trial, method, confusion, **numbers):
@@ -240,6 +240,8 @@ def make_inputs(**changes):
     fields = {
         "verdict": verdict(),
         "baseline": evaluation("fp32", None, None, FP32_CONFUSION),
+        "fp32_by_class": by_class(FP32_CONFUSION),
+        "int8_by_class": by_class(INT8_CONFUSION),
         "candidates": (
             evaluation("max-0", 0, "max", ((114, 120), (11, 379)), loss=0.5, sqnr_db=12.0, agreement_percent=92.3),
             evaluation("entropy-0", 0, "entropy", ((146, 88), (10, 380)), sqnr_db=21.0, agreement_percent=98.0),
@@ -294,6 +296,8 @@ def many_classes(count):
     inputs = make_inputs()
     return make_inputs(
         baseline=evaluation("fp32", None, None, fp32),
+        fp32_by_class=by_class(fp32),
+        int8_by_class=by_class(right),
         candidates=tuple(
             evaluation(item.candidate, item.trial, item.method, tuple(map(tuple, right)), sqnr_db=20.0)
             for item in inputs.candidates
@@ -460,9 +464,11 @@ def test_recall_and_precision_are_listed_per_class(page):
 def test_a_class_without_images_has_no_recall_and_no_change():
     inputs = make_inputs(
         baseline=evaluation("fp32", None, None, ((0, 0), (4, 6))),
+        fp32_by_class=by_class(((0, 0), (4, 6))),
         candidates=tuple(
             evaluation(item.candidate, item.trial, item.method, ((0, 0), (0, 10))) for item in make_inputs().candidates
         ),
+        int8_by_class=by_class(((0, 0), (0, 10))),
     )
     found = Page(html_report(inputs))
     assert found.table("Recall and precision per class")[0] == [

@@ -24,9 +24,6 @@ def metrics_on(split, *, top1, sqnr, agreement, images=10):
         top1_percent=top1,
         top5_percent=100.0,
         loss=0.5,
-        confusion=((images,),),
-        recall_percent=(100.0,),
-        precision_percent=(100.0,),
         sqnr_db=sqnr,
         agreement_percent=agreement,
     )

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -322,3 +324,15 @@ def test_an_engine_for_another_batch_size_is_refused(tmp_path):
 
     with pytest.raises(EngineBuildError, match="is 4, and 1 was asked for"):
         run(blob, some_images(1), "fp32", batch_size=1)
+
+
+def test_importing_the_engine_forks_no_process_that_sends_telemetry():
+    program = (
+        "import multiprocessing, threading, ptq.engines.openvino\n"
+        "import openvino.tools.ovc.telemetry_utils as utils\n"
+        "print(utils.tm.__name__, multiprocessing.active_children(), threading.active_count())"
+    )
+
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+
+    assert found.stdout.strip() == "openvino.tools.ovc.telemetry_stub [] 1"
