@@ -143,9 +143,11 @@ class Subject:
         self.means = means_by_name([trial], plan=self.prepared.plan)
         return trial.histograms
 
-    def amax(self, histograms: Histograms, dialect: Dialect, method: Method) -> dict[str, float]:
+    def amax(
+        self, histograms: Histograms, dialect: Dialect, method: Method, percentile: float = 99.99
+    ) -> dict[str, float]:
         """Returns the amax table of one method."""
-        return amax_table(histograms, plan=self.prepared.plan, dialect=dialect, method=method, percentile=99.99)
+        return amax_table(histograms, plan=self.prepared.plan, dialect=dialect, method=method, percentile=percentile)
 
     def biases(self) -> dict[str, np.ndarray]:
         """Returns the corrected biases from the images that `histograms` read."""

@@ -94,7 +94,7 @@ def quantize_model(config: PtqConfig) -> RunResult:
 
     statistics = collect_statistics(
         model, draws, preprocessing, bins=calibration.bins, stopping=calibration.stopping_rule(dialects[0]),
-        threads=config.engine.threads, run=run,
+        threads=config.engine.threads, device="cuda" if identity.name == "tensorrt" else "", run=run,
     )  # fmt: skip
     draws = statistics.draws
     template = export_qdq(model, weight_method=config.quantization.weight_method, run=run)

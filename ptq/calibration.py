@@ -13,12 +13,14 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
+from torch import nn
 
 from ptq.adaptive import Collect, collect_adaptively, describe_lengths, used_draws
 from ptq.amax import amax_from_histograms
 from ptq.bias_correction import bias_shift
 from ptq.collection import Progress, TrialStatistics, collect_statistics
 from ptq.config import Dialect, LabelledMethod, Method, StoppingRule
+from ptq.device_statistics import collect_statistics_on_device
 from ptq.engines import open_activation_readers
 from ptq.equalization import channel_ranges
 from ptq.fake_quant import amax_bound
@@ -30,6 +32,14 @@ from ptq.records import CalibrationDraws, PlacementPlan
 
 # Images whose channel ranges decide the factors of equalization.
 RANGE_IMAGES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ObservedOnDevice:
+    """The model of `observation.observed_from_folded`, and the torch device that is to run it."""
+
+    model: nn.Module
+    device: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +98,17 @@ def _collector(
     std: Sequence[float],
     bins: int,
     threads: int,
+    on_device: ObservedOnDevice | None = None,
 ) -> Callable[..., list[TrialStatistics]]:
     """What collects the statistics of given draws: the engine is opened once, for any number of passes."""
+    stored = np.load(pixels, mmap_mode="r", allow_pickle=False)
+    collect: Callable[..., list[TrialStatistics]] = (
+        partial(collect_statistics_on_device, on_device.model, stored, device=on_device.device)
+        if on_device
+        else partial(collect_statistics, open_activation_readers(observed_onnx, workers=threads), stored)
+    )
     return partial(
-        collect_statistics,
-        open_activation_readers(observed_onnx, workers=threads),
-        np.load(pixels, mmap_mode="r", allow_pickle=False),
+        collect,
         names=observed_names(plan),
         channel_axes=channel_axes(plan),
         image_names=[path for path, _ in json.loads(files.read_text())],
@@ -117,17 +132,19 @@ def trials_from_files(
     std: Sequence[float],
     bins: int,
     threads: int,
+    on_device: ObservedOnDevice | None = None,
     progress: Progress | None = None,
 ) -> CollectedTrials:
     """Returns the statistics of every trial over its whole draw, or over as many images as the stopping rule asks for.
 
     `labels` is npy, int64 (n,), the class of every prepared image. With a stopping rule, `draws` are in the order in
-    which their images are to be used. The other arguments and the errors are those of `statistics_from_files`. An
+    which their images are to be used. With `on_device`, torch runs the model there in place of OpenVINO. The other
+    arguments and the errors are those of `statistics_from_files`. An
     image that several trials of adaptive length reach at different looks is run once for each look.
     """
     collect = _collector(
         observed_onnx=observed_onnx, plan=plan, pixels=pixels, files=files, mean=mean, std=std, bins=bins,
-        threads=threads,
+        threads=threads, on_device=on_device,
     )  # fmt: skip
     if stopping is None:
         trials = collect(draws=draws.indices, progress=progress)

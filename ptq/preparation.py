@@ -164,6 +164,17 @@ def _write_observed(
     export_onnx(observed, path, input_shape=input_shape, batch_size=1, observed=observed_names(plan))
 
 
+def observed_model(
+    weights: Path, *, plan: PlacementPlan, name: str, num_classes: int, input_shape: tuple[int, int, int]
+) -> torch.nn.Module:
+    """Returns the model of the observed graph in PyTorch; see `observation.observed_from_folded`."""
+    folded = folded_from_state(
+        safetensors.torch.load_file(weights), name=name, num_classes=num_classes, input_shape=input_shape,
+        source=str(weights),
+    )  # fmt: skip
+    return observed_from_folded(folded.module, plan)
+
+
 def plan_from_file(path: Path) -> PlacementPlan:
     """Returns the placement plan that `prepare_model` wrote."""
     return record_from_json(PlacementPlan, json.loads(path.read_text()))

@@ -3,10 +3,10 @@
 from prefect.logging import get_run_logger
 
 from ptq.arrays import arrays_from_npz, npz_from_arrays
-from ptq.calibration import corrected_biases, means_by_name, trials_from_files
+from ptq.calibration import ObservedOnDevice, corrected_biases, means_by_name, trials_from_files
 from ptq.config import PreprocessingConfig, StoppingRule
 from ptq.histogram import bytes_from_trials
-from ptq.preparation import plan_from_file
+from ptq.preparation import observed_model, plan_from_file
 from ptq.records import ArtifactRef, CalibrationDraws, ModelRecord, StatisticsRecord
 from ptq.store import open_store
 from tasks.progress import progress_logger
@@ -21,12 +21,23 @@ def collect_statistics(
     *,
     bins: int,
     threads: int,
+    device: str = "",
     stopping: StoppingRule | None = None,
     run: RunContext,
 ) -> StatisticsRecord:
-    """Collect the activation histograms of every trial over the drawn images, or until there are enough of them."""
+    """Collect the activation histograms of every trial over the drawn images, or until there are enough of them.
+
+    `device` is the torch device that runs the model, empty for OpenVINO on the CPU.
+    """
     store = open_store(run.store_uri)
     plan = plan_from_file(store.get_path(model.plan))
+    on_device = None
+    if device:
+        observed = observed_model(
+            store.get_path(model.weights), plan=plan, name=model.name, num_classes=model.num_classes,
+            input_shape=model.input_shape,
+        )  # fmt: skip
+        on_device = ObservedOnDevice(observed, device)
     found = trials_from_files(
         observed_onnx=store.get_path(model.observed_onnx),
         plan=plan,
@@ -40,6 +51,7 @@ def collect_statistics(
         std=preprocessing.std,
         bins=bins,
         threads=threads,
+        on_device=on_device,
         progress=progress_logger("Calibration images"),
     )
     get_run_logger().info(found.summary)

@@ -14,6 +14,7 @@ import sys
 import time
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -248,16 +249,25 @@ def open_activation_readers(observed: Path, *, workers: int) -> list[ActivationR
     try:
         model = core.read_model(observed)
         readers = [_ActivationReader(number) for number in range(workers)]
-        _observe_outputs_(model, readers)
+        nodes = _observe_outputs_(model, readers)
         compiled = core.compile_model(model, _DEVICE, settings)
     except RuntimeError as error:
         raise EngineBuildError(
             f"OpenVINO cannot build the calibration graph {observed.name}: {_cause(error)}. Expected an FP32 graph; "
             "check it with `ptq validate`."
         ) from error
+    requests = _Requests([compiled.create_infer_request() for _ in readers])
+    weakref.finalize(requests, _cut_off_, nodes).atexit = False
     for reader in readers:
-        reader.open_(compiled)
+        reader.open_(requests)
     return list(readers)
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True)
+class _Requests:
+    """The requests of one compiled graph, one per reader; they go with the last reader."""
+
+    by_number: list[openvino.InferRequest]
 
 
 class _ActivationReader:
@@ -268,9 +278,10 @@ class _ActivationReader:
         self._observe: Observe | None = None
         self._error: BaseException | None = None
 
-    def open_(self, compiled: openvino.CompiledModel) -> None:
+    def open_(self, requests: _Requests) -> None:
         """Gives the reader its own request, which tells the graph by a number who asked."""
-        self._request = compiled.create_infer_request()
+        self._requests = requests
+        self._request = requests.by_number[int(self._number[0])]
         self._request.set_input_tensor(1, openvino.Tensor(self._number, shared_memory=True))
 
     def __call__(self, image: Float32Array) -> list[Float32Array]:
@@ -300,7 +311,8 @@ class _ActivationReader:
 class _Observation(openvino.Op):
     """A node that hands its inputs to the reader whose number is its last input; its output means nothing.
 
-    It does not own the readers: they own the compiled graph, which owns the node, and nobody collects such a circle.
+    OpenVINO never frees a node written in Python: node and object own each other. So that neither the readers nor the
+    weights above the node stay with it, it does not own the readers, and `_cut_off_` takes its inputs away.
     """
 
     def __init__(
@@ -308,18 +320,21 @@ class _Observation(openvino.Op):
         inputs: Sequence[Any],
         readers: Sequence["weakref.ref[_ActivationReader]"],
         tensors: Sequence[tuple[int, bool]],
+        nodes: list[openvino.Op],
     ) -> None:
         super().__init__(self)
         self._readers = readers
         self._tensors = tensors
         self.set_arguments(inputs)
         self.constructor_validate_and_infer_types()
+        self._nodes = nodes
+        nodes.append(self)
 
     def validate_and_infer_types(self) -> None:
         self.set_output_type(0, openvino.Type.i32, openvino.PartialShape([1]))
 
     def clone_with_new_inputs(self, new_inputs: Sequence[Any]) -> "_Observation":
-        return _Observation(new_inputs, self._readers, self._tensors)
+        return _Observation(new_inputs, self._readers, self._tensors, self._nodes)
 
     def has_evaluate(self) -> bool:
         return True
@@ -333,8 +348,12 @@ class _Observation(openvino.Op):
         return True
 
 
-def _observe_outputs_(model: openvino.Model, readers: Sequence[_ActivationReader]) -> None:
-    """Replaces the outputs behind the logits by nodes that hand their tensors to the readers."""
+def _observe_outputs_(model: openvino.Model, readers: Sequence[_ActivationReader]) -> list[openvino.Op]:
+    """Replaces the outputs behind the logits by nodes that hand their tensors to the readers.
+
+    Returns the nodes; the copies that OpenVINO makes of them are added to the list.
+    """
+    nodes: list[openvino.Op] = []
     references = [weakref.ref(reader) for reader in readers]
     number = opset.parameter([1], openvino.Type.i32, name="reader")
     model.add_parameters([number])
@@ -352,9 +371,17 @@ def _observe_outputs_(model: openvino.Model, readers: Sequence[_ActivationReader
         tensors.append((index, is_image_like))
         size_bytes += 4 * math.prod(tensor.get_shape())
         if size_bytes >= _HANDED_OVER_BYTES or index == len(results) - 1:
-            node = _Observation([*inputs, number.output(0)], references, tensors)
+            node = _Observation([*inputs, number.output(0)], references, tensors, nodes)
             model.add_results([opset.result(node.output(0))])
             inputs, tensors, size_bytes = [], [], 0
     for result in results:
         model.remove_result(result)
     model.validate_nodes_and_infer_types()
+    return nodes
+
+
+def _cut_off_(nodes: Sequence[openvino.Op]) -> None:
+    """Takes the graph above the nodes away from them, once nothing runs them any more."""
+    for node in nodes:
+        for value in node.inputs():
+            value.replace_source_output(opset.parameter([1], openvino.Type.f32).output(0))

@@ -3,10 +3,13 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import onnx
 import openvino
+import psutil
 import pytest
 import torch
 from networks import Untraceable, small_resnet
+from onnx import TensorProto, helper, numpy_helper
 
 from ptq.config import QuantizationConfig
 from ptq.engines import open_activation_readers
@@ -104,6 +107,33 @@ def test_a_reader_that_is_dropped_is_freed_with_its_graph(observed):
     del reader
     gc.collect()
     assert alive() is None
+
+
+def test_readers_that_are_dropped_do_not_keep_the_weights(tmp_path):
+    weight = np.random.default_rng(0).standard_normal((768, 16_384)).astype(np.float32)
+    nodes = [
+        helper.make_node("Flatten", ["images"], ["observed"]),
+        helper.make_node("MatMul", ["observed", "weight"], ["logits"]),
+    ]
+    outputs = [("logits", [1, 16_384]), ("observed", [1, 768])]
+    graph = helper.make_graph(
+        nodes,
+        "wide",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, *SHAPE])],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in outputs],
+        [numpy_helper.from_array(weight, "weight")],
+    )
+    path = tmp_path / "wide.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    used = []
+    for _ in range(6):
+        (reader,) = open_activation_readers(path, workers=1)
+        reader(image(0))
+        del reader
+        gc.collect()
+        used.append(psutil.Process().memory_info().rss)
+    # The first ones fill the allocator's own store; then less than one copy of the weights is left by four.
+    assert used[-1] - used[1] < weight.nbytes
 
 
 def test_a_file_that_is_no_graph_is_an_error(tmp_path):
