@@ -1,16 +1,15 @@
 """Does the memory of a calibration grow with the number of images?
 
 Each count of images is calibrated by a process of its own, which reads prepared files as a run does: the FP32 graph,
-the placement and the pixels, memory-mapped. Its peak is what the operating system saw (`getrusage`). Mapped pages of
-the pixel file count there too, although the system takes them back when it needs memory; so the peak of the memory
-that the process itself asked for (anonymous pages, sampled ten times a second) is given beside it. Where the data has
-fewer images than asked for, they are repeated.
+the placement and the pixels, memory-mapped. Its peak is the resident memory that Linux saw (VmHWM; `getrusage` would
+give the parent's peak where that is larger). Mapped pages of the pixel file count there too, although the system
+takes them back when it needs memory; so the peak of the memory that the process itself asked for (anonymous pages,
+sampled ten times a second) is given beside it. Where the data has fewer images than asked for, they are repeated.
 """
 
 import argparse
 import json
 import re
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -35,15 +34,15 @@ def write_pixels(subject: Subject, count: int) -> int:
     return len(rows)
 
 
-def anonymous_mib() -> float:
-    """Returns the memory that this process asked for and uses, without mapped files, in MiB."""
+def memory_mib(field: str) -> float:
+    """Returns a field of Linux's account of this process in MiB: RssAnon is without mapped files, VmHWM the peak."""
     status = Path("/proc/self/status").read_text()
-    return int(re.search(r"RssAnon:\s+(\d+) kB", status).group(1)) / 1024
+    return int(re.search(rf"{field}:\s+(\d+) kB", status).group(1)) / 1024
 
 
 def child(options: argparse.Namespace) -> None:
     """Calibrates and prints the peaks as JSON."""
-    peaks = [anonymous_mib()]
+    peaks = [memory_mib("RssAnon")]
     statistics_from_files(
         observed_onnx=options.directory / "model_observed.onnx",
         plan=plan_from_file(options.directory / "placement.json"),
@@ -54,10 +53,9 @@ def child(options: argparse.Namespace) -> None:
         std=options.std,
         bins=4096,
         threads=options.threads,
-        progress=lambda done, total: peaks.append(anonymous_mib()),
+        progress=lambda done, total: peaks.append(memory_mib("RssAnon")),
     )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"peak_mib": peak, "anonymous_peak_mib": max(peaks), "before_mib": peaks[0]}))
+    print(json.dumps({"peak_mib": memory_mib("VmHWM"), "anonymous_peak_mib": max(peaks), "before_mib": peaks[0]}))
 
 
 def measure(subject: Subject, count: int, threads: int) -> dict[str, float]:

@@ -7,6 +7,7 @@ everything else can be computed later without inference.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -80,23 +81,17 @@ def evaluate_graph(
     Raises:
         EngineBuildError: the engine refuses the graph, or a logit is not finite.
     """
-    built = engine.build(graph, precision=precision, batch_size=batch_size, float_remainder=float_remainder)
-    runner = engine.load(built.blob, precision=precision, batch_size=batch_size, float_remainder=float_remainder)
-    total = sum(len(images.labels) for images in splits)
-    metrics, tables, logits, done = [], [], {}, 0
-    try:
-        for images in splits:
-            offset = done
-            report = (lambda count, _, offset=offset: progress(offset + count, total)) if progress else None
-            values = logits_of(runner, images.pixels, mean=mean, std=std, progress=report)
-            done += len(images.labels)
-            reference = reference_logits[images.split] if reference_logits is not None else None
-            metrics.append(split_metrics(values, images.labels, split=images.split, reference_logits=reference))
-            paths, digests = [path for path, _ in images.files], [sha256 for _, sha256 in images.files]
-            tables.append(predictions_table(values, images.labels, split=images.split, paths=paths, sha256=digests))
-            logits[images.split] = values
-    finally:
-        runner.close()
+    run = partial(engine.logits, graph, precision=precision, batch_size=batch_size, float_remainder=float_remainder)
+    found = logits_of(
+        run, [images.pixels for images in splits], batch_size=batch_size, mean=mean, std=std, progress=progress
+    )
+    metrics, tables, logits = [], [], {}
+    for images, values in zip(splits, found, strict=True):
+        reference = reference_logits[images.split] if reference_logits is not None else None
+        metrics.append(split_metrics(values, images.labels, split=images.split, reference_logits=reference))
+        paths, digests = [path for path, _ in images.files], [sha256 for _, sha256 in images.files]
+        tables.append(predictions_table(values, images.labels, split=images.split, paths=paths, sha256=digests))
+        logits[images.split] = values
     return Evaluation(
         splits=tuple(metrics),
         num_classes=values.shape[1],

@@ -6,7 +6,7 @@ padded, how synchronous calls are timed and how the share of INT8 is counted. No
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
@@ -120,6 +120,41 @@ class Engine(Protocol):
             EngineBuildError: the blob is damaged, or was built for another version or device.
         """
         ...
+
+    def logits(
+        self,
+        onnx: Path,
+        batches: Iterable[Float32Array],
+        *,
+        precision: Precision,
+        batch_size: int,
+        float_remainder: FloatRemainder,
+    ) -> Iterator[Float32Array]:
+        """Yields the logits (n, k) of every batch (n, c, h, w), in order, with n in [1, batch_size].
+
+        For many images, of which only the results matter: the engine may run several batches at once. The other
+        arguments and the errors are those of `build`.
+        """
+        ...
+
+
+def logits_one_by_one(
+    engine: Engine,
+    onnx: Path,
+    batches: Iterable[Float32Array],
+    *,
+    precision: Precision,
+    batch_size: int,
+    float_remainder: FloatRemainder,
+) -> Iterator[Float32Array]:
+    """Yields what `Engine.logits` does, for an engine that runs one batch after the other."""
+    built = engine.build(onnx, precision=precision, batch_size=batch_size, float_remainder=float_remainder)
+    runner = engine.load(built.blob, precision=precision, batch_size=batch_size, float_remainder=float_remainder)
+    try:
+        for batch in batches:
+            yield runner(batch)
+    finally:
+        runner.close()
 
 
 def require_classifier(source: str, *, inputs: int, outputs: int) -> None:

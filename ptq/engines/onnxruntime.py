@@ -6,6 +6,7 @@ latency is no INT8 latency. The blob is the ONNX file itself.
 """
 
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from ptq.engines.interface import (
     BuiltEngine,
     Float32Array,
     FloatRemainder,
+    logits_one_by_one,
     pad_batch,
     require_batch_size,
     require_classifier,
@@ -66,6 +68,20 @@ class OnnxRuntimeEngine:
     ) -> "OnnxRuntimeRunner":
         """Returns a runner of an ONNX file's bytes; `float_remainder` has no effect."""
         return OnnxRuntimeRunner(self._open(blob, precision, batch_size), batch_size=batch_size)
+
+    def logits(
+        self,
+        onnx: Path,
+        batches: Iterable[Float32Array],
+        *,
+        precision: Precision,
+        batch_size: int,
+        float_remainder: FloatRemainder,
+    ) -> Iterator[Float32Array]:
+        """Yields the logits of every batch; see `Engine.logits`."""
+        return logits_one_by_one(
+            self, onnx, batches, precision=precision, batch_size=batch_size, float_remainder=float_remainder
+        )
 
     def _open(self, blob: bytes, precision: Precision, batch_size: int) -> onnxruntime.InferenceSession:
         if precision not in _PRECISIONS:

@@ -13,7 +13,8 @@ import math
 import sys
 import time
 import weakref
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ finally:
         del sys.modules["openvino_telemetry"]
 
 _DEVICE = "CPU"
+# Batches that run at once where only results matter; each holds the activations of a batch.
+_MOST_STREAMS = 4
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 _KINDS = {
     "Convolution": CONVOLUTION,
@@ -90,15 +93,50 @@ class OpenVinoEngine:
         self, onnx: Path, *, precision: Precision, batch_size: int, float_remainder: FloatRemainder
     ) -> BuiltEngine:
         """Returns the graph compiled for `batch_size` images; see `Engine.build`."""
-        settings = self._settings(precision, float_remainder)
         started = time.perf_counter()
+        compiled = self._compile(onnx, batch_size, precision, self._settings(precision, float_remainder))
+        build_s = time.perf_counter() - started
+        return BuiltEngine(compiled.export_model().getvalue(), report_layers(compiled), build_s)
+
+    def logits(
+        self,
+        onnx: Path,
+        batches: Iterable[Float32Array],
+        *,
+        precision: Precision,
+        batch_size: int,
+        float_remainder: FloatRemainder,
+    ) -> Iterator[Float32Array]:
+        """Yields the logits of every batch, several at a time; see `Engine.logits`."""
+        streams = min(self._threads, _MOST_STREAMS)
+        settings = {
+            **self._settings(precision, float_remainder),
+            "NUM_STREAMS": streams,
+            "PERFORMANCE_HINT": "THROUGHPUT",
+        }
+        compiled = self._compile(onnx, batch_size, precision, settings)
+        free = [compiled.create_infer_request() for _ in range(streams)]
+        shape = tuple(compiled.inputs[0].shape)
+        # A request holds the address of its batch, not the batch.
+        running: deque[tuple[openvino.InferRequest, Float32Array, int]] = deque()
+        for batch in batches:
+            if not free:
+                yield _finished(running, free)
+            request, padded = free.pop(), pad_batch(batch, shape=shape)
+            request.set_input_tensor(0, openvino.Tensor(padded, shared_memory=padded.flags.writeable))
+            request.start_async()
+            running.append((request, padded, len(batch)))
+        while running:
+            yield _finished(running, free)
+
+    def _compile(
+        self, onnx: Path, batch_size: int, precision: Precision, settings: dict[str, Any]
+    ) -> openvino.CompiledModel:
         try:
             model = self._core.read_model(onnx)
             require_classifier(onnx.name, inputs=len(model.inputs), outputs=len(model.outputs))
             model.reshape({0: [batch_size, *list(model.inputs[0].partial_shape)[1:]]})
-            compiled = self._core.compile_model(model, _DEVICE, settings)
-            build_s = time.perf_counter() - started
-            return BuiltEngine(compiled.export_model().getvalue(), report_layers(compiled), build_s)
+            return self._core.compile_model(model, _DEVICE, settings)
         except RuntimeError as error:
             raise EngineBuildError(
                 f"OpenVINO {openvino.__version__.split('-')[0]} cannot build {onnx.name} as {precision} for batches of "
@@ -138,6 +176,16 @@ class OpenVinoEngine:
             "NUM_STREAMS": 1,
             "PERFORMANCE_HINT": "LATENCY",
         }
+
+
+def _finished(
+    running: "deque[tuple[openvino.InferRequest, Float32Array, int]]", free: list[openvino.InferRequest]
+) -> Float32Array:
+    """Waits for the batch that was started first, sets its request free and returns its logits."""
+    request, _, count = running.popleft()
+    request.wait()
+    free.append(request)
+    return request.get_output_tensor(0).data[:count].copy()
 
 
 class OpenVinoRunner:

@@ -13,6 +13,7 @@ import logging
 import re
 import time
 from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from ptq.engines.interface import (
     BuiltEngine,
     Float32Array,
     FloatRemainder,
+    logits_one_by_one,
     pad_batch,
     require_batch_size,
     require_classifier,
@@ -285,6 +287,20 @@ class TensorRtEngine:
         runner = TensorRtRunner(self._trt, self._torch, self._deserialize(blob))
         require_batch_size(runner.batch_size, asked=batch_size)
         return runner
+
+    def logits(
+        self,
+        onnx: Path,
+        batches: Iterable[Float32Array],
+        *,
+        precision: Precision,
+        batch_size: int,
+        float_remainder: FloatRemainder,
+    ) -> Iterator[Float32Array]:
+        """Yields the logits of every batch; see `Engine.logits`."""
+        return logits_one_by_one(
+            self, onnx, batches, precision=precision, batch_size=batch_size, float_remainder=float_remainder
+        )
 
     def _parse(self, builder: Any, onnx: Path, plan: BuildPlan) -> Any:
         flags = self._trt.NetworkDefinitionCreationFlag

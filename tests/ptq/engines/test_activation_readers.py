@@ -112,15 +112,15 @@ def test_a_reader_that_is_dropped_is_freed_with_its_graph(observed):
 def test_readers_that_are_dropped_do_not_keep_the_weights(tmp_path):
     weight = np.random.default_rng(0).standard_normal((768, 16_384)).astype(np.float32)
     nodes = [
-        helper.make_node("Flatten", ["images"], ["observed"]),
-        helper.make_node("MatMul", ["observed", "weight"], ["logits"]),
+        helper.make_node("Flatten", ["images"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "weight"], ["observed"]),
+        helper.make_node("Relu", ["observed"], ["logits"]),
     ]
-    outputs = [("logits", [1, 16_384]), ("observed", [1, 768])]
     graph = helper.make_graph(
         nodes,
         "wide",
         [helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, *SHAPE])],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in outputs],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 16_384]) for name in ("logits", "observed")],
         [numpy_helper.from_array(weight, "weight")],
     )
     path = tmp_path / "wide.onnx"

@@ -336,3 +336,19 @@ def test_importing_the_engine_forks_no_process_that_sends_telemetry():
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
 
     assert found.stdout.strip() == "openvino.tools.ovc.telemetry_stub [] 1"
+
+
+@pytest.mark.parametrize("images", [1, 2, 5, 7])
+def test_many_batches_give_the_logits_of_one_after_the_other(tmp_path, images):
+    engine = OpenVinoEngine(threads=2)
+    path = float_classifier(tmp_path)
+    settings = {"precision": "fp32", "batch_size": 2, "float_remainder": "fp32"}
+    inputs = np.random.default_rng(0).standard_normal((images, *IMAGE), dtype=np.float32)
+    batches = [inputs[start : start + 2] for start in range(0, images, 2)]
+
+    found = list(engine.logits(path, iter(batches), **settings))
+
+    runner = engine.load(engine.build(path, **settings).blob, **settings)
+    assert [len(part) for part in found] == [len(batch) for batch in batches]
+    for part, batch in zip(found, batches, strict=True):
+        np.testing.assert_array_equal(part, runner(batch))
