@@ -80,9 +80,9 @@ def main() -> None:
     engine = open_engine("openvino", threads=0)
 
     def logits_of(graph, precision: str) -> np.ndarray:
-        built = engine.build(graph, precision=precision, batch_size=20, float_remainder="fp32")
-        runner = engine.load(built.blob, precision=precision, batch_size=20, float_remainder="fp32")
-        return np.concatenate([runner(inputs[start : start + 20]) for start in range(0, len(inputs), 20)])
+        batches = (inputs[start : start + 20] for start in range(0, len(inputs), 20))
+        found = engine.logits(graph, batches, precision=precision, batch_size=20, float_remainder="fp32")
+        return np.concatenate(list(found))
 
     fp32 = logits_of(subject.prepared.files["fp32_onnx"], "fp32")
     rows: dict[str, list[dict[str, float]]] = {}

@@ -20,9 +20,8 @@ from numba.extending import intrinsic
 
 from ptq.bias_correction import RESOLUTION, ChannelSums, empty_channel_sums
 from ptq.errors import CalibrationError
-from ptq.histogram import MIN_EXPONENT, Histograms, empty_histograms
+from ptq.histogram import INFINITY_BITS, MIN_EXPONENT, Histograms, empty_histograms, largest_bits
 
-_INFINITY_BITS = 0x7F800000
 _MAGNITUDE = 0x7FFFFFFF
 _LANES = 16
 # A block, the next one and the bin numbers take 24 KiB: they stay in the first-level cache.
@@ -98,7 +97,7 @@ class Accumulators:
             values, channels, index, np.asarray(trials, dtype=np.int64), self._counts, self._exponents, self._maxima,
             self._zeros, self._sums[index], self._tables,
         )  # fmt: skip
-        if bits >= _INFINITY_BITS:
+        if bits >= INFINITY_BITS:
             raise CalibrationError(
                 f"Activation {self._names[index]} holds NaN or infinity for image {image}. Expected finite values. "
                 "Check the checkpoint and the preprocessing (mean and std) with `ptq evaluate` first."
@@ -204,10 +203,10 @@ def _add_tensor(  # type: ignore[no-untyped-def]
     start = 0
     while start < values.size:
         block = values[start : start + step]
-        in_block = _largest_bits(bits[start : start + step])
+        in_block = largest_bits(bits[start : start + step])
         if in_block >= limit:
-            largest = _largest_bits(bits)
-            if largest >= _INFINITY_BITS:
+            largest = largest_bits(bits)
+            if largest >= INFINITY_BITS:
                 tables[:] = 0
                 return largest
             exponent = _exponent_for(largest, bins)
@@ -263,16 +262,6 @@ def _row_length(size, channels):  # type: ignore[no-untyped-def]
     while columns < _SHORT_ROW and (size // columns) % 2 == 0:
         columns *= 2
     return columns
-
-
-@numba.njit(nogil=True, cache=True)
-def _largest_bits(bits):  # type: ignore[no-untyped-def]
-    """Largest |x| as its bit pattern: for floats without sign the order of the bits is the order of the values."""
-    largest = np.int32(0)
-    for index in range(bits.size):
-        magnitude = bits[index] & np.int32(_MAGNITUDE)
-        largest = magnitude if magnitude > largest else largest
-    return largest
 
 
 @numba.njit(nogil=True, cache=True)

@@ -25,7 +25,7 @@ from ptq.engines import open_activation_readers
 from ptq.equalization import channel_ranges
 from ptq.fake_quant import amax_bound
 from ptq.histogram import Histograms
-from ptq.images import network_input
+from ptq.images import evenly_spaced, network_input
 from ptq.observation import observed_names
 from ptq.onnx_graph import read_layers
 from ptq.records import CalibrationDraws, PlacementPlan
@@ -206,8 +206,7 @@ def ranges_from_files(
     Channels are those of axis 1, as in the tensors of convolutions and of the linear layer behind them.
     """
     stored = np.load(pixels, mmap_mode="r", allow_pickle=False)
-    count = min(images, len(stored))
-    chosen = [index * len(stored) // count for index in range(count)]
+    chosen = evenly_spaced(range(len(stored)), count=images)
     readers = open_activation_readers(observed_onnx, workers=threads)
     names, axes = observed_names(plan), [1] * len(plan.activations)
 

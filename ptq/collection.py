@@ -65,15 +65,8 @@ def collect_statistics(
     Raises:
         CalibrationError: no image was drawn, or a tensor holds NaN or infinity.
     """
-    trials_of: dict[int, list[int]] = {}
-    for trial, draw in enumerate(draws):
-        if len(set(draw)) != len(draw):
-            raise ValueError(f"Trial {trial} draws an image twice.")
-        for position in draw:
-            trials_of.setdefault(int(position), []).append(trial)
-    if not trials_of:
-        raise CalibrationError("Calibration was asked for 0 images; set calibration.images to at least 1.")
-    pending = iter(sorted(trials_of))
+    trials_of = trials_by_image(draws)
+    pending = iter(trials_of)
     lock = threading.Lock()
     done, reported = 0, 0.0
 
@@ -104,6 +97,27 @@ def collect_statistics(
     for part in parts[1:]:
         merged = [merge_statistics(left, right) for left, right in zip(merged, part, strict=True)]
     return merged
+
+
+def trials_by_image(draws: Sequence[Sequence[int]]) -> dict[int, list[int]]:
+    """Returns the trials that drew each image, by its position, ascending; images that no trial drew are left out.
+
+    Raises:
+        CalibrationError: no image was drawn.
+        ValueError: a trial draws an image twice.
+
+    >>> trials_by_image([[4, 1], [1]])
+    {1: [0, 1], 4: [0]}
+    """
+    trials_of: dict[int, list[int]] = {}
+    for trial, draw in enumerate(draws):
+        if len(set(draw)) != len(draw):
+            raise ValueError(f"Trial {trial} draws an image twice.")
+        for position in draw:
+            trials_of.setdefault(int(position), []).append(trial)
+    if not trials_of:
+        raise CalibrationError("Calibration was asked for 0 images; set calibration.images to at least 1.")
+    return dict(sorted(trials_of.items()))
 
 
 def merge_statistics(left: TrialStatistics, right: TrialStatistics) -> TrialStatistics:

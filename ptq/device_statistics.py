@@ -20,7 +20,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from ptq.bias_correction import RESOLUTION, ChannelSums, empty_channel_sums
-from ptq.collection import Progress, TrialStatistics
+from ptq.collection import Progress, TrialStatistics, trials_by_image
 from ptq.errors import CalibrationError
 from ptq.histogram import MIN_EXPONENT, Histograms
 from ptq.images import network_input
@@ -272,17 +272,11 @@ class _MatmulWithoutTf32:
 
 def _membership(draws: Sequence[Sequence[int]]) -> tuple[list[int], Int[np.ndarray, "n trials"]]:
     """The positions drawn by any trial, ascending, and 1 where a trial drew one."""
-    for trial, draw in enumerate(draws):
-        if len(set(draw)) != len(draw):
-            raise ValueError(f"Trial {trial} draws an image twice.")
-    positions = sorted({int(position) for draw in draws for position in draw})
-    if not positions:
-        raise CalibrationError("Calibration was asked for 0 images; set calibration.images to at least 1.")
-    row_of = {position: row for row, position in enumerate(positions)}
-    drawn = np.zeros((len(positions), len(draws)), dtype=np.int64)
-    for trial, draw in enumerate(draws):
-        drawn[[row_of[int(position)] for position in draw], trial] = 1
-    return positions, drawn
+    trials_of = trials_by_image(draws)
+    drawn = np.zeros((len(trials_of), len(draws)), dtype=np.int64)
+    for row, trials in enumerate(trials_of.values()):
+        drawn[row, trials] = 1
+    return list(trials_of), drawn
 
 
 def _on_device(array: np.ndarray, device: torch.device) -> Tensor:

@@ -19,7 +19,7 @@ from torch import nn
 from ptq import gate
 from ptq.config import Dialect, GateConfig, WeightMethod, in_method_order
 from ptq.fake_quant import fake_quant_from_folded, weight_amax
-from ptq.images import network_input
+from ptq.images import evenly_spaced, network_input
 from ptq.models import FoldedModel, create_model, fold_model, load_weights_
 from ptq.preparation import plan_from_file
 from ptq.qat import FineTuned, fine_tune_
@@ -97,8 +97,7 @@ def sensitivity_images(
     Returns:
         float32 (images, c, h, w).
     """
-    count = min(images, len(draw))
-    chosen = [draw[index * len(draw) // count] for index in range(count)]
+    chosen = evenly_spaced(draw, count=images)
     return network_input(np.load(pixels, mmap_mode="r", allow_pickle=False)[chosen], mean=mean, std=std)
 
 

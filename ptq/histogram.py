@@ -18,7 +18,7 @@ from ptq.errors import CalibrationError
 
 # Below this width float32 arithmetic on 1 / width would overflow; such a tensor lies in bin 0.
 MIN_EXPONENT = -120
-_INFINITY_BITS = 0x7F800000
+INFINITY_BITS = 0x7F800000
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +96,8 @@ def histograms_of(
             raise CalibrationError(
                 f"Tensor {names[index]} has {values.size:,} values; expected fewer than 2^31 per image."
             )
-        bits = int(_largest_bits(values.view(np.int32)))
-        if bits >= _INFINITY_BITS:
+        bits = int(largest_bits(values.view(np.int32)))
+        if bits >= INFINITY_BITS:
             raise CalibrationError(
                 f"Activation {names[index]} holds NaN or infinity for image {image}. Expected finite values. Check the "
                 "checkpoint and the preprocessing (mean and std) with `ptq evaluate` first."
@@ -118,7 +118,7 @@ _BLOCK = 1024
 
 
 @numba.njit(nogil=True, cache=True)
-def _largest_bits(bits):  # type: ignore[no-untyped-def]
+def largest_bits(bits):  # type: ignore[no-untyped-def]
     """Largest |x| as its bit pattern: for floats without sign the order of the bits is the order of the values."""
     largest = np.int32(0)
     for index in range(bits.size):

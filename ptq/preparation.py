@@ -4,7 +4,6 @@ Loads the weights into the network, folds it, places quantizers and writes the F
 and the Q/DQ template. Which tensors are quantized is decided in `placement`.
 """
 
-import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -146,14 +145,13 @@ def equalize_model(
     folded = fold_model(original, input_shape=input_shape)
     if not isinstance(folded.module, fx.GraphModule):
         return {}, 0
-    equalized = copy.deepcopy(folded.module)
-    changed = equalize_(equalized, ranges, input_shape=input_shape)
+    changed = equalize_(folded.module, ranges, input_shape=input_shape)
     if changed == 0:
         return {}, 0
-    state = unfolded_state(original, folded, equalized)
+    state = unfolded_state(original, folded, folded.module)
     files = {"weights": directory / "weights_equalized.safetensors", "observed_onnx": directory / "observed.onnx"}
     safetensors.torch.save_file({key: value.contiguous() for key, value in sorted(state.items())}, files["weights"])
-    _write_observed(equalized, plan, files["observed_onnx"], input_shape=input_shape)
+    _write_observed(folded.module, plan, files["observed_onnx"], input_shape=input_shape)
     return files, changed
 
 

@@ -138,23 +138,26 @@ class Engine(Protocol):
         ...
 
 
-def logits_one_by_one(
-    engine: Engine,
-    onnx: Path,
-    batches: Iterable[Float32Array],
-    *,
-    precision: Precision,
-    batch_size: int,
-    float_remainder: FloatRemainder,
-) -> Iterator[Float32Array]:
-    """Yields what `Engine.logits` does, for an engine that runs one batch after the other."""
-    built = engine.build(onnx, precision=precision, batch_size=batch_size, float_remainder=float_remainder)
-    runner = engine.load(built.blob, precision=precision, batch_size=batch_size, float_remainder=float_remainder)
-    try:
-        for batch in batches:
-            yield runner(batch)
-    finally:
-        runner.close()
+class OneBatchAtATime:
+    """`Engine.logits` of an engine that runs one batch after the other."""
+
+    def logits(
+        self: Engine,
+        onnx: Path,
+        batches: Iterable[Float32Array],
+        *,
+        precision: Precision,
+        batch_size: int,
+        float_remainder: FloatRemainder,
+    ) -> Iterator[Float32Array]:
+        """Yields the logits of every batch; see `Engine.logits`."""
+        built = self.build(onnx, precision=precision, batch_size=batch_size, float_remainder=float_remainder)
+        runner = self.load(built.blob, precision=precision, batch_size=batch_size, float_remainder=float_remainder)
+        try:
+            for batch in batches:
+                yield runner(batch)
+        finally:
+            runner.close()
 
 
 def require_classifier(source: str, *, inputs: int, outputs: int) -> None:

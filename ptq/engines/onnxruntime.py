@@ -6,7 +6,6 @@ latency is no INT8 latency. The blob is the ONNX file itself.
 """
 
 import time
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from ptq.engines.interface import (
     BuiltEngine,
     Float32Array,
     FloatRemainder,
-    logits_one_by_one,
+    OneBatchAtATime,
     pad_batch,
     require_batch_size,
     require_classifier,
@@ -32,7 +31,7 @@ _PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
 _ERROR_SEVERITY = 3
 
 
-class OnnxRuntimeEngine:
+class OnnxRuntimeEngine(OneBatchAtATime):
     """ONNX Runtime on the CPU, with a fixed number of threads."""
 
     def __init__(self, *, threads: int) -> None:
@@ -68,20 +67,6 @@ class OnnxRuntimeEngine:
     ) -> "OnnxRuntimeRunner":
         """Returns a runner of an ONNX file's bytes; `float_remainder` has no effect."""
         return OnnxRuntimeRunner(self._open(blob, precision, batch_size), batch_size=batch_size)
-
-    def logits(
-        self,
-        onnx: Path,
-        batches: Iterable[Float32Array],
-        *,
-        precision: Precision,
-        batch_size: int,
-        float_remainder: FloatRemainder,
-    ) -> Iterator[Float32Array]:
-        """Yields the logits of every batch; see `Engine.logits`."""
-        return logits_one_by_one(
-            self, onnx, batches, precision=precision, batch_size=batch_size, float_remainder=float_remainder
-        )
 
     def _open(self, blob: bytes, precision: Precision, batch_size: int) -> onnxruntime.InferenceSession:
         if precision not in _PRECISIONS:

@@ -13,7 +13,6 @@ import logging
 import re
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from ptq.engines.interface import (
     BuiltEngine,
     Float32Array,
     FloatRemainder,
-    logits_one_by_one,
+    OneBatchAtATime,
     pad_batch,
     require_batch_size,
     require_classifier,
@@ -210,7 +209,7 @@ def _type_of(tensors: list[dict[str, Any]]) -> str:
     return said
 
 
-class TensorRtEngine:
+class TensorRtEngine(OneBatchAtATime):
     """TensorRT on the first CUDA device.
 
     `timing_cache` is what earlier builds learned about kernels, empty at first; each build reads and replaces it.
@@ -287,20 +286,6 @@ class TensorRtEngine:
         runner = TensorRtRunner(self._trt, self._torch, self._deserialize(blob))
         require_batch_size(runner.batch_size, asked=batch_size)
         return runner
-
-    def logits(
-        self,
-        onnx: Path,
-        batches: Iterable[Float32Array],
-        *,
-        precision: Precision,
-        batch_size: int,
-        float_remainder: FloatRemainder,
-    ) -> Iterator[Float32Array]:
-        """Yields the logits of every batch; see `Engine.logits`."""
-        return logits_one_by_one(
-            self, onnx, batches, precision=precision, batch_size=batch_size, float_remainder=float_remainder
-        )
 
     def _parse(self, builder: Any, onnx: Path, plan: BuildPlan) -> Any:
         flags = self._trt.NetworkDefinitionCreationFlag

@@ -4,7 +4,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from networks import PLACEMENT, small_resnet
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from ptq.bias_correction import channel_sums_of, empty_channel_sums, merge_channel_sums
 from ptq.calibration import channel_axes
@@ -163,6 +163,8 @@ def test_collecting_never_asks_the_device_for_a_value():
         statistics = empty_statistics(images=4, trials=2)
         for _ in range(2):
             statistics.add_([torch.empty(2, 3, 3), torch.empty(2, 3, 3)], torch.empty(2, 2, dtype=torch.int64))
+        with pytest.raises(DataDependentOutputException):
+            torch.empty(2).max().item()
 
 
 @pytest.mark.gpu
