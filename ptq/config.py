@@ -176,7 +176,7 @@ class CalibrationConfig(_Section):
     )
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of the first draw; draw i uses seed + i.")
     percentiles: tuple[Percentile, ...] = Field(
-        (99.99,),
+        (99.99, 99.95),
         min_length=1,
         description="Share of values the percentile method keeps, in percent; each of several is a method of its own.",
     )

@@ -44,7 +44,13 @@ def test_two_percentiles_are_enough_to_choose_a_method_per_layer():
     fallback = {"per_layer_method": True}
     assert PtqConfig.model_validate({**MODEL, "calibration": calibration, "fallback": fallback})
     with pytest.raises(ValidationError, match="give at least two methods, or two percentiles, to choose from"):
-        PtqConfig.model_validate({**MODEL, "calibration": {"methods": ["percentile"]}, "fallback": fallback})
+        one = {"methods": ["percentile"], "percentiles": [99.99]}
+        PtqConfig.model_validate({**MODEL, "calibration": one, "fallback": fallback})
+
+
+def test_both_usual_percentiles_are_compared_unless_told_otherwise():
+    found = CalibrationConfig(methods=("percentile",)).labelled_methods
+    assert [item.label for item in found] == ["percentile-99.99", "percentile-99.95"]
 
 
 def test_labels_of_percentiles_stand_where_the_method_stands():
