@@ -352,3 +352,69 @@ def test_many_batches_give_the_logits_of_one_after_the_other(tmp_path, images):
     assert [len(part) for part in found] == [len(batch) for batch in batches]
     for part, batch in zip(found, batches, strict=True):
         np.testing.assert_array_equal(part, runner(batch))
+
+
+def residual_classifier(folder: Path) -> Path:
+    """Two residual blocks of the usual kind: the identity is read by a convolution and by the add, both quantized."""
+    generator = np.random.default_rng(2)
+    constants: dict[str, np.ndarray] = {}
+    nodes = []
+
+    def quantized(name: str, amax: np.ndarray | float, *, kind: type) -> str:
+        scale = (np.asarray(amax) / (255 if kind is np.uint8 else 127)).astype(np.float32)
+        constants[f"{name}.scale"], constants[f"{name}.zero"] = scale, np.zeros(scale.shape, kind)
+        axis = {"axis": 0} if scale.ndim else {}
+        parameters = [f"{name}.scale", f"{name}.zero"]
+        nodes.append(helper.make_node("QuantizeLinear", [name, *parameters], [f"{name}.q"], f"{name}.Q", **axis))
+        nodes.append(
+            helper.make_node("DequantizeLinear", [f"{name}.q", *parameters], [f"{name}.dq"], f"{name}.DQ", **axis)
+        )
+        return f"{name}.dq"
+
+    def convolution(name: str, read: str, channels: int) -> str:
+        weight = generator.normal(size=(32, channels, 3, 3)).astype(np.float32) / 10
+        constants[f"{name}.weight"] = weight
+        constants[f"{name}.bias"] = generator.normal(size=32).astype(np.float32)
+        weight_read = quantized(f"{name}.weight", np.abs(weight).reshape(32, -1).max(axis=1), kind=np.int8)
+        nodes.append(
+            helper.make_node("Conv", [read, weight_read, f"{name}.bias"], [f"{name}.out"], name, pads=[1, 1, 1, 1])
+        )
+        return f"{name}.out"
+
+    def activated(name: str, read: str) -> str:
+        nodes.append(helper.make_node("Relu", [read], [name], f"{name}.relu"))
+        return quantized(name, generator.uniform(3, 9), kind=np.uint8)
+
+    block = activated("stem.y", convolution("stem", quantized("images", 4.0, kind=np.int8), 3))
+    for number in (1, 2):
+        inner = activated(f"inner{number}.y", convolution(f"inner{number}", block, 32))
+        outer = convolution(f"outer{number}", inner, 32)
+        nodes.append(helper.make_node("Add", [outer, block], [f"sum{number}"], f"add{number}"))
+        block = activated(f"block{number}.y", f"sum{number}")
+    nodes.append(helper.make_node("GlobalAveragePool", [block], ["pooled"], "pool"))
+    nodes.append(helper.make_node("Flatten", ["pooled"], ["logits"], "flatten"))
+    return save(folder / "residual.onnx", nodes, constants)
+
+
+def test_the_convolution_before_a_residual_add_writes_int8_built_or_loaded(tmp_path):
+    path = residual_classifier(tmp_path)
+    built = build(path, "int8")
+    assert int8_share(built.layers).int8_output_percent == 100.0
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+    core = openvino.Core()
+    model = core.read_model(path)
+    model.reshape({0: [4, *IMAGE]})
+    usual = report_layers(core.compile_model(model, "CPU", settings))
+    assert int8_share(usual).int8_output_percent < 100.0  # else the rule is not needed any more
+    images = some_images(4)
+    (logits,) = ENGINE.logits(path, [images], precision="int8", batch_size=4, float_remainder="fp32")
+    np.testing.assert_array_equal(run(built.blob, images, "int8"), logits)
+
+
+def test_a_graph_without_residual_adds_keeps_the_generated_elementwise_code(tmp_path):
+    engine = OpenVinoEngine(threads=1)
+    engine._drops_snippets.clear()
+    engine.build(quantized_classifier(tmp_path, unsigned=True), precision="int8", batch_size=4, float_remainder="fp32")
+    assert list(engine._drops_snippets.values()) == [False]
+    engine.build(residual_classifier(tmp_path), precision="int8", batch_size=4, float_remainder="fp32")
+    assert list(engine._drops_snippets.values()) == [False, True]
