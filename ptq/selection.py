@@ -60,8 +60,13 @@ def compared_images(baseline: PredictionTables, chosen: PredictionTables, *, spl
 def rank_candidates(candidates: Sequence[EvaluationRecord], *, selection_split: str) -> tuple[EvaluationRecord, ...]:
     """Returns the candidates, best first.
 
-    Order: top-1 on `selection_split`, then SQNR of the logits, then agreement with FP32, each the larger the
-    better; then the method's name and the trial, so that equal candidates always come in one order.
+    First those whose top-1 on `selection_split` lies within one standard error of the best, which the images of the
+    split cannot tell apart; among them the larger SQNR of the logits, then agreement with FP32, then top-1. Then the
+    others by top-1, SQNR and agreement. Last the method's name and the trial, so that equal candidates always come
+    in one order.
+
+    Source: the one-standard-error rule of Breiman, Friedman, Olshen and Stone, Classification and Regression Trees
+    (1984), section 3.4.3, with fidelity to FP32 in the place of simplicity.
 
     Raises:
         ValueError: there is no candidate, or one has no trial, method, SQNR or agreement (FP32 has none).
@@ -69,7 +74,8 @@ def rank_candidates(candidates: Sequence[EvaluationRecord], *, selection_split: 
     """
     if not candidates:
         raise ValueError("There is no candidate to rank; expected at least one evaluation.")
-    return tuple(sorted(candidates, key=lambda candidate: _rank_key(candidate, selection_split)))
+    least = _least_equal_top1(candidates, selection_split)
+    return tuple(sorted(candidates, key=lambda candidate: _rank_key(candidate, selection_split, least)))
 
 
 def method_spreads(rows: Sequence[tuple[str, int, float]]) -> tuple[MethodSpread, ...]:
@@ -189,9 +195,21 @@ def _quality(candidate: EvaluationRecord, split: str) -> tuple[float, float, flo
     return metrics.top1_percent, metrics.sqnr_db, metrics.agreement_percent
 
 
-def _rank_key(candidate: EvaluationRecord, split: str) -> tuple[float, float, float, str, int]:
+def _least_equal_top1(candidates: Sequence[EvaluationRecord], split: str) -> float:
+    """The best top-1 less its standard error, in percent."""
+    best = max((candidate.on(split) for candidate in candidates), key=lambda metrics: metrics.top1_percent)
+    share = best.top1_percent / 100
+    return best.top1_percent - 100 * math.sqrt(share * (1 - share) / best.images)
+
+
+def _rank_key(
+    candidate: EvaluationRecord, split: str, least: float
+) -> tuple[bool, tuple[float, float, float], str, int]:
     top1_percent, sqnr_db, agreement_percent = _quality(candidate, split)
-    return (-top1_percent, -sqnr_db, -agreement_percent, *_origin(candidate))
+    is_behind = top1_percent < least
+    by_fidelity = (-sqnr_db, -agreement_percent, -top1_percent)
+    by_top1 = (-top1_percent, -sqnr_db, -agreement_percent)
+    return is_behind, by_top1 if is_behind else by_fidelity, *_origin(candidate)
 
 
 def _spread(method: str, top1: Sequence[float]) -> MethodSpread:
@@ -260,28 +278,34 @@ def _flipped_images(images: ComparedImages) -> tuple[FlippedImage, ...]:
 
 def _reason(ranked: Sequence[EvaluationRecord], *, selection_split: str, is_selection_on_test: bool) -> str:
     best = ranked[0]
-    top1 = f"{_quality(best, selection_split)[0]:.2f} %"
+    own_top1 = _quality(best, selection_split)[0]
     if len(ranked) == 1:
-        text = f"{best.candidate} is the only candidate; its top-1 on {selection_split} is {top1}."
+        text = f"{best.candidate} is the only candidate; its top-1 on {selection_split} is {own_top1:.2f} %."
     else:
-        text = f"{best.candidate} has the best top-1 on {selection_split} of {len(ranked)} candidates, {top1}"
-        text += _tie_break(ranked, selection_split)
+        text = _choice(ranked, selection_split)
     if is_selection_on_test:
         text += " Selection and report share one split, so the reported accuracy is optimistic."
     return text
 
 
-def _tie_break(ranked: Sequence[EvaluationRecord], split: str) -> str:
-    """How the first won where others share its top-1."""
+def _choice(ranked: Sequence[EvaluationRecord], split: str) -> str:
+    """Why the first of several came first."""
+    best = ranked[0]
     qualities = [_quality(candidate, split) for candidate in ranked]
-    _, sqnr_db, agreement_percent = qualities[0]
-    same_top1, same_sqnr, same_all = (
-        sum(quality[:length] == qualities[0][:length] for quality in qualities) for length in (1, 2, 3)
+    best_top1 = max(top1 for top1, _, _ in qualities)
+    least = _least_equal_top1(ranked, split)
+    equal = [quality for quality in qualities if quality[0] >= least]
+    own_top1, sqnr_db, agreement_percent = qualities[0]
+    if len(equal) == 1:
+        return f"{best.candidate} has the best top-1 on {split} of {len(ranked)} candidates, {own_top1:.2f} %."
+    text = (
+        f"{len(equal)} of {len(ranked)} candidates have a top-1 on {split} within one standard error "
+        f"({best_top1 - least:.2f} pp) of the best, {best_top1:.2f} %; of these {best.candidate}, with "
+        f"{own_top1:.2f} %, "
     )
-    if same_top1 == 1:
-        return "."
-    if same_sqnr == 1:
-        return f"; {same_top1} share it, and its logits are the closest to FP32's, {sqnr_db:.2f} dB."
-    if same_all == 1:
-        return f"; {same_sqnr} share it and {sqnr_db:.2f} dB, and it agrees most with FP32, {agreement_percent:.2f} %."
-    return f"; {same_all} are equal in top-1, SQNR and agreement, and the first by method and trial is taken."
+    rivals = [quality for quality in equal if quality[1] == sqnr_db]
+    if len(rivals) == 1:
+        return f"{text}has the logits closest to FP32's, {sqnr_db:.2f} dB."
+    if sum(quality[2] == agreement_percent for quality in rivals) == 1:
+        return f"{text}shares the best SQNR, {sqnr_db:.2f} dB, and agrees most with FP32, {agreement_percent:.2f} %."
+    return f"{text}is the first by top-1, method and trial where SQNR and agreement are equal."
