@@ -18,7 +18,7 @@ DPI = 110
 WIDTH_INCHES = 6.0
 BOX_PLOT_HEIGHT_INCHES = 3.5
 # Labels of more methods than this are set narrower, so that neighbours do not touch.
-WIDE_LABELS = 5
+WIDE_LABELS = 4
 
 _INK = "#1f2933"
 _MUTED = "#7b8794"

@@ -43,8 +43,8 @@ def test_two_percentiles_are_enough_to_choose_a_method_per_layer():
     calibration = {"methods": ["percentile"], "percentiles": [99.9, 99.99]}
     fallback = {"per_layer_method": True}
     assert PtqConfig.model_validate({**MODEL, "calibration": calibration, "fallback": fallback})
+    one = {"methods": ["percentile"], "percentiles": [99.99]}
     with pytest.raises(ValidationError, match="give at least two methods, or two percentiles, to choose from"):
-        one = {"methods": ["percentile"], "percentiles": [99.99]}
         PtqConfig.model_validate({**MODEL, "calibration": one, "fallback": fallback})
 
 
