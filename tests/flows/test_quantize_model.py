@@ -64,7 +64,7 @@ def test_a_run_leaves_every_promised_file(finished):
 def test_the_verdict_names_every_trial_and_method_and_agrees_with_the_tables(finished):
     _, directory, _ = finished
     verdict = verdict_in(directory)
-    assert len(verdict.candidates) == 8
+    assert len(verdict.candidates) == 10
     assert verdict.fp32.n_images == 48
     rows = polars.read_parquet(directory / "output" / "results.parquet")
     assert rows["id"].to_list() == [candidate.id for candidate in verdict.candidates]
@@ -219,7 +219,7 @@ def test_the_page_of_the_run_shows_verdict_results_and_checks(finished):
         artifacts = {artifact.key: artifact for artifact in client.read_artifacts(flow_run_filter=run)}
     assert {"ptq-verdict", "ptq-results", "ptq-graph-checks"} <= set(artifacts)
     assert "data:image/png;base64," in artifacts["ptq-verdict"].data
-    assert len(json.loads(artifacts["ptq-results"].data)) == 8
+    assert len(json.loads(artifacts["ptq-results"].data)) == 10
 
 
 def test_without_a_selection_split_the_verdict_says_so(checkpoint, image_folder, tmp_path):
