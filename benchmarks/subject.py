@@ -173,7 +173,7 @@ def temporary_subject(options: argparse.Namespace, quantization: QuantizationCon
 def write_result(options: argparse.Namespace, benchmark: str, found: Any) -> Path:
     """Writes a result with machine, versions and date, and returns its path."""
     options.results.mkdir(parents=True, exist_ok=True)
-    path = options.results / f"{benchmark}_{options.name or options.model}.json"
+    path = options.results / f"{'_'.join(filter(None, (benchmark, options.name or options.model)))}.json"
     document = {
         "benchmark": benchmark,
         "date": datetime.now(UTC).date().isoformat(),

@@ -196,8 +196,11 @@ def _run_flow(flow: Any, **arguments: Any) -> Any:
 
 @app.command()
 def quantize(
+    source: Annotated[
+        str | None, typer.Argument(help="An FP32 classifier as .onnx, or the checkpoint.", show_default=False)
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Torchvision classifier, or package.module:factory.")] = None,
-    checkpoint: Annotated[str | None, typer.Option(help="File with the FP32 weights.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="File with the FP32 weights, or an ONNX file.")] = None,
     data: Annotated[str | None, typer.Option(help="Image folder or manifest (.csv, .parquet).")] = None,
     method: Annotated[
         list[str] | None, typer.Option(help="max, percentile, mse or entropy; repeat for several.")
@@ -235,9 +238,11 @@ def quantize(
     config: Config = None,
     as_json: Json = False,
 ) -> None:
-    """Quantize a checkpoint with every method and trial, judge the best, publish it if accepted."""
+    """Quantize a checkpoint or an ONNX file with every method and trial, judge the best, publish it if accepted."""
+    if source and checkpoint:
+        raise UsageError(f"{source} and --checkpoint {checkpoint} are both given; expected one of them.")
     options = {
-        "model": {"name": model, "checkpoint": checkpoint, "publish_as": publish_as},
+        "model": {"name": model, "checkpoint": source or checkpoint, "publish_as": publish_as},
         "data": {
             "path": data, "calibration_split": calibration_split, "selection_split": selection_split,
             "test_split": test_split, "preprocessing": _preprocessing(channels, resize, crop, mean, std),

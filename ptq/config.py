@@ -4,9 +4,10 @@ Every option of the pipeline, one frozen pydantic class per stage, composed in `
 descriptions are the form that the Prefect UI shows. Nothing is computed here.
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -77,21 +78,57 @@ class DataConfig(_Section):
     )
 
 
+def is_onnx_file(path: object) -> bool:
+    """Whether a path is that of an ONNX file, by its ending."""
+    return isinstance(path, str) and path.lower().endswith(".onnx")
+
+
 class ModelConfig(_Section):
     """Which network is quantized."""
 
-    name: str = Field(description="A torchvision classifier such as resnet50, or package.module:factory.")
-    checkpoint: str = Field(description="File with the FP32 weights: .pth, .pt or .safetensors.")
+    name: str = Field(
+        "",
+        description=(
+            "A torchvision classifier such as resnet50, or package.module:factory; left empty for an ONNX file, which "
+            "is called by its stem."
+        ),
+    )
+    checkpoint: str = Field(
+        description="File with the FP32 weights: .pth, .pt or .safetensors; or an FP32 classifier as .onnx."
+    )
     publish_as: str = Field(
         "",
         pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$",
         description="Name under which the model is published; empty: the model's name.",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _name_of_file(cls, content: Any) -> Any:
+        if isinstance(content, Mapping) and is_onnx_file(content.get("checkpoint")) and not content.get("name"):
+            return {**content, "name": Path(content["checkpoint"]).stem}
+        return content
+
+    @model_validator(mode="after")
+    def _one_network(self) -> "ModelConfig":
+        if not self.name:
+            raise ValueError("name is missing: give a torchvision classifier or package.module:factory")
+        if self.is_onnx and self.name != Path(self.checkpoint).stem:
+            raise ValueError(
+                f"name is {self.name!r} and checkpoint {self.checkpoint!r}: an ONNX file holds its own network; leave "
+                "name out, publish_as names what is published"
+            )
+        return self
+
+    @property
+    def is_onnx(self) -> bool:
+        """Whether the model comes as an ONNX file, without its PyTorch network."""
+        return is_onnx_file(self.checkpoint)
+
     @property
     def published_name(self) -> str:
         """The name under `models/` in the store."""
-        return self.publish_as or self.name.replace(":", ".").lstrip("._-")
+        return self.publish_as or re.sub(r"[^A-Za-z0-9._-]+", "-", self.name.replace(":", ".")).lstrip("._-")
 
 
 class QuantizationConfig(_Section):
@@ -326,6 +363,17 @@ class PtqConfig(_Section):
             raise ValueError(
                 f"fallback.per_layer_method is true and calibration.methods is {list(self.calibration.methods)}: "
                 "give at least two methods, or two percentiles, to choose from"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_network_to_fall_back_on(self) -> "PtqConfig":
+        asked = [name for name in ("per_layer_method", "float_layers", "qat_epochs") if getattr(self.fallback, name)]
+        if self.model.is_onnx and asked:
+            raise ValueError(
+                f"fallback.{asked[0]} works on the PyTorch network and model.checkpoint is {self.model.checkpoint!r}: "
+                "leave the section fallback out, or give the network's name and its weights; "
+                "quantization.skip_layers leaves layers of an ONNX file in float"
             )
         return self
 

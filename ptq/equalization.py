@@ -15,24 +15,15 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
+from jaxtyping import Float
 from torch import fx, nn
 
-# A factor is the inverse of the relative range to this power: half of the difference is given to the next weights.
-STRENGTH = 0.5
-# Channels narrower than this share of the widest are scaled as if they had it.
-NARROWEST = 1 / 64
-# A scaled channel stays below a clip, as ReLU6 has, by this factor over what was seen.
-CLIP_MARGIN = 1.25
+from ptq.channel_ids import ChannelIds, Ids
 
 _SCALABLE_MODULES = (nn.ReLU, nn.LeakyReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Identity)
 _SCALABLE_FUNCTIONS = {F.relu, torch.relu, F.max_pool2d, torch.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d}
 _SCALABLE_METHODS = {"relu", "contiguous", "mean"}
 _FLATTENS = (torch.flatten, "flatten", "view", "reshape")
-
-Ids = Int[np.ndarray, " channels"]
 
 
 def equalize_(
@@ -52,7 +43,7 @@ def equalize_(
         input_shape: (c, h, w).
     """
     channels = _Channels(module, _shapes(module, input_shape))
-    factors = channels.factors(ranges)
+    factors = channels.ids.factors(ranges)
     with torch.no_grad():
         for name, ids in channels.outputs.items():
             layer = module.get_submodule(name)
@@ -107,12 +98,10 @@ def _shapes(module: fx.GraphModule, input_shape: tuple[int, int, int]) -> dict[f
 
 
 class _Channels:
-    """Which channels of which tensors must have one factor, and which cannot have any.
-
-    Every channel of a new tensor gets an id; operations that a factor passes through keep it, an addition ties
-    the ids of its operands, and what a factor cannot pass fixes them.
+    """Which channels of a `torch.fx` graph's tensors must have one factor, and which cannot have any.
 
     Attributes:
+        ids: the channels of every tensor, by node name.
         outputs: ids of the output channels of every layer whose weights can be scaled, by name.
         inputs: ids of its input channels.
     """
@@ -120,72 +109,39 @@ class _Channels:
     def __init__(self, module: fx.GraphModule, shapes: Mapping[fx.Node, tuple[int, ...]]) -> None:
         self._module = module
         self._shapes = shapes
-        self._count = 0
-        self._ties: list[tuple[Ids, Ids]] = []
-        self._fixed: list[Ids] = []
-        self._clips: list[tuple[Ids, float]] = []
-        self._of: dict[fx.Node, Ids] = {}
+        self.ids = ChannelIds()
         self.outputs: dict[str, Ids] = {}
         self.inputs: dict[str, Ids] = {}
         for node in module.graph.nodes:
             self._visit(node)
-
-    def factors(self, ranges: Mapping[str, Float[np.ndarray, " channels"]]) -> Float[np.ndarray, " ids"]:
-        """Returns the factor of every id: a power of two, 1 where it is fixed or nothing was seen of it."""
-        pairs = np.concatenate([np.zeros((2, 0), dtype=np.int64), *(np.stack(tie) for tie in self._ties)], axis=1)
-        graph = coo_array((np.ones(pairs.shape[1]), (pairs[0], pairs[1])), shape=(self._count, self._count))
-        groups, group_of = connected_components(graph, directed=False)
-        relative, widest = np.zeros(groups), np.zeros(groups)
-        for node, ids in self._of.items():
-            seen = ranges.get(node.name)
-            if seen is None or len(seen) != len(ids) or not seen.max() > 0:
-                continue
-            # Tensors that share channels, as along a residual stream, are served by their widest share.
-            np.maximum.at(relative, group_of[ids], seen / seen.max())
-            np.maximum.at(widest, group_of[ids], seen)
-        wanted = np.where(relative > 0, np.maximum(relative, NARROWEST), 1.0) ** -STRENGTH
-        for ids, clip in self._clips:
-            room = clip / np.maximum(widest[group_of[ids]] * CLIP_MARGIN, np.finfo(np.float32).tiny)
-            np.minimum.at(wanted, group_of[ids], np.exp2(np.floor(np.log2(np.maximum(room, 1.0)))))
-        for ids in self._fixed:
-            wanted[group_of[ids]] = 1.0
-        return np.exp2(np.rint(np.log2(wanted)))[group_of]
-
-    def _new(self, count: int) -> Ids:
-        self._count += count
-        return np.arange(self._count - count, self._count)
-
-    def _fix(self, node: fx.Node) -> None:
-        if node in self._of:
-            self._fixed.append(self._of[node])
 
     def _visit(self, node: fx.Node) -> None:
         shape = self._shapes.get(node)
         has_channels = shape is not None and len(shape) in (2, 4)
         passed = self._passed(node, shape) if shape is not None and has_channels and node.op != "output" else None
         if passed is not None:
-            self._of[node] = passed
+            self.ids.of[node.name] = passed
             return
         for source in node.all_input_nodes:
-            self._fix(source)
+            self.ids.fix(source.name)
         if shape is not None and has_channels:
-            self._of[node] = self._new(shape[1])
-            self._fix(node)
+            self.ids.of[node.name] = self.ids.new(shape[1])
+            self.ids.fix(node.name)
 
     def _passed(self, node: fx.Node, shape: tuple[int, ...]) -> Ids | None:
         """The ids of the node's channels where a factor passes through it, else None."""
         channels = shape[1]
-        sources = [self._of[source] for source in node.all_input_nodes if source in self._of]
+        sources = [self.ids.of[source.name] for source in node.all_input_nodes if source.name in self.ids.of]
         if not sources or len(sources) != len(node.all_input_nodes):
             return None
         module = self._module.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, nn.Conv2d | nn.Linear):
             return self._layer(str(node.target), module, sources[0], channels, rank=len(shape))
         if isinstance(module, nn.ReLU6) or node.target is F.relu6:
-            self._clips.append((sources[0], 6.0))
+            self.ids.clip(sources[0], 6.0)
             return sources[0]
         if node.target in (operator.add, torch.add, "add") and [len(ids) for ids in sources] == [channels] * 2:
-            self._ties.append((sources[0], sources[1]))
+            self.ids.tie(sources[0], sources[1])
             return sources[0]
         if node.target in (torch.cat, torch.concat) and self._axis(node) == 1:
             return np.concatenate(sources)
@@ -206,7 +162,7 @@ class _Channels:
         if len(ids) != reads or calls != 1 or (isinstance(layer, nn.Linear) and rank != 2):
             return None
         self.inputs[name] = ids
-        self.outputs[name] = self._new(channels)
+        self.outputs[name] = self.ids.new(channels)
         return self.outputs[name]
 
     @staticmethod
@@ -222,7 +178,7 @@ class _Channels:
         if value not in (None, 0, 0.0) or len(node.args) > 2 and node.args[2] != "constant":
             return None
         before, after = (int(pad[4]), int(pad[5])) if len(pad) >= 6 else (0, 0)
-        return np.concatenate([self._new(max(before, 0)), ids, self._new(max(after, 0))]) if before >= 0 else None
+        return np.concatenate([self.ids.new(max(before, 0)), ids, self.ids.new(max(after, 0))]) if before >= 0 else None
 
     @staticmethod
     def _keeps_channels(node: fx.Node, channels: int, ids: Ids) -> bool:

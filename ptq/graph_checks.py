@@ -77,6 +77,8 @@ class _Subject:
 
     def is_allowed(self, node: Node, layer: Layer | None = None) -> bool:
         """Whether the caller lets this node, or a module that it is part of, stay in float."""
+        if layer is None and node.op in self.allowed:
+            return True
         names = module_names(node, layer.weight if layer else None)
         return any(name == allowed or name.startswith(f"{allowed}.") for name in names for allowed in self.allowed)
 
@@ -110,7 +112,7 @@ def check_graph(
         path: the file, with its external data beside it if it has any.
         dialect: the dialect the file should be in; None takes "cpu" if any activation is uint8, else "tensorrt".
         allowed_float_layers: layers, pools and adds that may stay in float, by node name or PyTorch module name; a
-            module stands for all that is in it.
+            module stands for all that is in it. Pools and adds may be named by their operator too.
         input_shape: channels, height and width the input should have; None accepts any static shape.
         num_classes: classes the output should have; None accepts any static number.
 

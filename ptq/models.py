@@ -20,6 +20,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from ptq.attention import explicit_attention_
 from ptq.errors import CheckpointError, ExportError, UsageError
 
 try:
@@ -258,7 +259,7 @@ def fold_model(model: nn.Module, *, input_shape: tuple[int, int, int] | None = N
         input_shape: (c, h, w) of a random image on which the two are compared; None leaves that out.
     """
     try:
-        graph_module = fx.symbolic_trace(_detached_copy(model))
+        graph_module = _traced(model)
     except Exception as error:  # tracing runs the user's own forward, which may raise anything
         return FoldedModel(
             module=_detached_copy(model),
@@ -280,6 +281,15 @@ def fold_model(model: nn.Module, *, input_shape: tuple[int, int, int] | None = N
             "replaced. Only its convolutions and linear layers are quantized: residual adds and pools stay in float.",
         )
     return FoldedModel(module=graph_module, traced=True, warning="")
+
+
+def _traced(model: nn.Module) -> fx.GraphModule:
+    """A traced copy whose attention blocks call their projections, where they can."""
+    windowed = (torchvision.models.swin_transformer.ShiftedWindowAttention,)
+    try:
+        return fx.symbolic_trace(explicit_attention_(_detached_copy(model), windowed=windowed))
+    except NotImplementedError:  # attention with a mask, or between two sequences
+        return fx.symbolic_trace(_detached_copy(model))
 
 
 def _is_same_function(model: nn.Module, folded: nn.Module, input_shape: tuple[int, int, int]) -> bool:

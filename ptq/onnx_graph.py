@@ -244,7 +244,7 @@ def write_candidate(
         zero_point = np.zeros((), dtype=np.uint8 if is_unsigned(spec, dialect) else np.int8)
         for suffix, value in (("scale", scale), ("zero_point", zero_point)):
             name = f"{spec.name}.{suffix}"
-            initializers[name].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(value), name))
+            initializers[name].CopyFrom(numpy_helper.from_array(value, name))
     if biases is not None:
         for layer, name in _bias_names(model, plan).items():
             if layer in biases:

@@ -23,6 +23,10 @@ _MAX_POOLS = (nn.MaxPool2d,)
 _AVERAGE_POOL_FUNCTIONS = {F.avg_pool2d, F.adaptive_avg_pool2d}
 _MAX_POOL_FUNCTIONS = {F.max_pool2d, torch.max_pool2d}
 _ADDS = {operator.add, torch.add}
+_MULTIPLICATIONS = (operator.mul, torch.mul, "mul")
+# What a graph has where adds or average pools stay in float by choice.
+_ADD_OPERATORS = ("Add",)
+_POOL_OPERATORS = ("AveragePool", "GlobalAveragePool", "ReduceMean")
 _NON_NEGATIVE_MODULES = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax)
 _NON_NEGATIVE_FUNCTIONS = {
     F.relu,
@@ -101,7 +105,10 @@ def place_quantizers(
             for name in quantized
         ]
         warning = "residual adds and pools stay in float: the model could not be traced"
-        return PlacementPlan((*activations, *weights), tuple(quantized), tuple(skipped), 0, 0, False, (warning,))
+        return PlacementPlan(
+            (*activations, *weights), tuple(quantized), tuple(skipped), 0, 0, False, (warning,),
+            float_operators=(*_ADD_OPERATORS, *_POOL_OPERATORS),
+        )  # fmt: skip
     assert isinstance(module, fx.GraphModule)
     requests = _Requests(module, commuting_pools)
     for node in module.graph.nodes:
@@ -126,6 +133,7 @@ def place_quantizers(
         traced=True,
         warnings=(),
         layer_inputs=_layer_inputs(module, quantized),
+        float_operators=(*(() if residuals else _ADD_OPERATORS), *(() if pools else _POOL_OPERATORS)),
     )
 
 
@@ -184,13 +192,21 @@ def _tensor_input(node: fx.Node) -> fx.Node:
 def _is_average_pool(module: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_module":
         return isinstance(module.get_submodule(str(node.target)), _AVERAGE_POOLS)
+    if node.target in (torch.mean, "mean"):
+        return _mean_axes(node) in ({2, 3}, {-2, -1})
     return node.op == "call_function" and node.target in _AVERAGE_POOL_FUNCTIONS
+
+
+def _mean_axes(node: fx.Node) -> set[object]:
+    """Over which axes a mean is taken; over height and width it is a global average pool."""
+    axes = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    return set(axes) if isinstance(axes, list | tuple) else {axes}
 
 
 def _is_scalar_gate_pool(node: fx.Node) -> bool:
     """Whether the pool opens a squeeze-and-excitation gate: its input is multiplied again by what follows."""
     source = _tensor_input(node)
-    return any(user.op == "call_function" and user.target in (operator.mul, torch.mul) for user in source.users)
+    return any(user.op != "call_module" and user.target in _MULTIPLICATIONS for user in source.users)
 
 
 def _is_max_pool(module: fx.GraphModule, node: fx.Node) -> bool:
@@ -223,7 +239,11 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
 
 
 def residual_adds(module: fx.GraphModule) -> list[fx.Node]:
-    """Returns the additions of two activations that share an ancestor, at least one of them behind a weighted layer."""
+    """Returns the additions of two activations that share an ancestor, at least one of which ends in a convolution.
+
+    An engine computes such an addition in the convolution's last step. One behind a linear layer, as transformers and
+    ConvNeXt have, stays in float: its identity carries the sum of all blocks, which INT8 serves badly.
+    """
     adds = []
     for node in module.graph.nodes:
         is_add = (node.op == "call_function" and node.target in _ADDS) or (
@@ -236,10 +256,20 @@ def residual_adds(module: fx.GraphModule) -> list[fx.Node]:
             continue
         reach = [_ancestors(operand) | {operand} for operand in operands]
         shared = reach[0] & reach[1]
-        between = (reach[0] | reach[1]) - shared
-        if shared and any(_is_weighted(module, other) for other in between):
+        branches = [operand for operand, nodes in zip(operands, reach, strict=True) if nodes - shared]
+        if shared and any(_ends_in_convolution(module, branch) for branch in branches):
             adds.append(node)
     return adds
+
+
+def _ends_in_convolution(module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the last weighted layer before the tensor is a convolution, with operations of one tensor between."""
+    while not _is_weighted(module, node):
+        sources = [source for source in node.all_input_nodes if source.op != "get_attr"]
+        if len(sources) != 1:
+            return False
+        node = sources[0]
+    return not isinstance(module.get_submodule(str(node.target)), nn.Linear)
 
 
 def identity_operand(module: fx.GraphModule, add: fx.Node) -> fx.Node:
@@ -284,8 +314,9 @@ def is_never_negative(module: fx.GraphModule, node: fx.Node) -> bool:
         return False
     if not keeps_sign:
         return False
-    numbers = [argument for argument in node.args if isinstance(argument, int | float)]
-    is_arithmetic = node.target in (operator.add, torch.add, operator.mul, torch.mul, "add", "mul")
+    # With them `alpha`, by which torch multiplies the second operand of an addition.
+    numbers = [argument for argument in (*node.args, *node.kwargs.values()) if isinstance(argument, int | float)]
+    is_arithmetic = node.target in (*_ADDS, *_MULTIPLICATIONS, "add")
     if is_arithmetic and any(number < 0 for number in numbers):
         return False
     return all(is_never_negative(module, source) for source in node.all_input_nodes)

@@ -152,7 +152,10 @@ class LayerInput:
 
 @dataclass(frozen=True, slots=True)
 class PlacementPlan:
-    """Where quantizers go, and what stays in float and why."""
+    """Where quantizers go, and what stays in float and why.
+
+    `float_operators` are the ONNX operators that were left in float by choice wherever they would be quantized.
+    """
 
     quantizers: tuple[QuantizerSpec, ...]
     quantized_layers: tuple[str, ...]
@@ -162,6 +165,7 @@ class PlacementPlan:
     traced: bool
     warnings: tuple[str, ...]
     layer_inputs: tuple[LayerInput, ...] = ()
+    float_operators: tuple[str, ...] = ()
 
     @property
     def activations(self) -> tuple[QuantizerSpec, ...]:
@@ -178,7 +182,8 @@ class PlacementPlan:
 class ModelRecord:
     """A loaded checkpoint: the BatchNorm-folded network as FP32 ONNX and as weights, and its placement plan.
 
-    `observed_onnx` is the FP32 graph with every observed tensor as an output.
+    `observed_onnx` is the FP32 graph with every observed tensor as an output. `source` is what was given: weights of a
+    PyTorch network, or an ONNX file, whose `weights` are the FP32 graph in canonical form.
     """
 
     name: str
@@ -191,6 +196,7 @@ class ModelRecord:
     num_classes: int
     class_names: tuple[str, ...]
     warnings: tuple[str, ...]
+    source: Literal["torch", "onnx"] = "torch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,7 +306,7 @@ class Int8Share:
 
 @dataclass(frozen=True, slots=True)
 class EngineRecord:
-    """A graph built for one engine, precision and batch size."""
+    """A graph built for one engine, precision and batch size; `build_settings` are texts "name: value"."""
 
     engine: EngineIdentity
     precision: Precision
@@ -309,6 +315,7 @@ class EngineRecord:
     blob: ArtifactRef
     int8: Int8Share
     build_s: float
+    build_settings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ network as it was built, so that every later stage loads them like any other.
 import torch
 from torch import fx, nn
 
+from ptq.attention import original_name
 from ptq.models import FoldedModel
 
 _BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -25,8 +26,9 @@ def unfolded_state(original: nn.Module, folded: FoldedModel, changed: nn.Module)
     state = {name: value.detach().clone() for name, value in original.state_dict().items()}
     trained = {name: value.detach().clone() for name, value in changed.state_dict().items()}
     for name in folded.module.state_dict():
-        if name in state:
-            state[name] = trained[name]
+        original_parameter = original_name(name, state)
+        if original_parameter is not None:
+            state[original_parameter] = trained[name]
     for norm, layer in _folded_batchnorms(original, folded).items():
         neutral = {"weight": 1.0, "bias": 0.0, "running_var": 1.0 - original.get_submodule(norm).eps}
         for name, value in neutral.items():

@@ -27,12 +27,12 @@ def collect_statistics(
 ) -> StatisticsRecord:
     """Collect the activation histograms of every trial over the drawn images, or until there are enough of them.
 
-    `device` is the torch device that runs the model, empty for OpenVINO on the CPU.
+    `device` is the torch device that runs the model, empty for OpenVINO on the CPU, which runs ONNX files anyway.
     """
     store = open_store(run.store_uri)
     plan = plan_from_file(store.get_path(model.plan))
     on_device = None
-    if device:
+    if device and model.source == "torch":
         observed = observed_model(
             store.get_path(model.weights), plan=plan, name=model.name, num_classes=model.num_classes,
             input_shape=model.input_shape,

@@ -9,6 +9,7 @@ from prefect.logging import get_run_logger
 from ptq.arrays import arrays_from_npz
 from ptq.config import Dialect, WeightMethod
 from ptq.onnx_graph import write_candidate
+from ptq.onnx_insertion import write_qdq_template
 from ptq.preparation import plan_from_file, write_template
 from ptq.records import AmaxRecord, ArtifactRef, GraphRecord, ModelRecord
 from ptq.store import open_store
@@ -17,19 +18,18 @@ from tasks.stage import RunContext, stage
 
 @stage(returns=ArtifactRef, timeout_seconds=1800)
 def export_qdq(model: ModelRecord, *, weight_method: WeightMethod, run: RunContext) -> ArtifactRef:
-    """Export the fake-quantized model as the Q/DQ template of every candidate."""
+    """Write the Q/DQ template of every candidate: the fake-quantized model, or an ONNX file's graph with pairs."""
     store = open_store(run.store_uri)
+    weights, plan = store.get_path(model.weights), plan_from_file(store.get_path(model.plan))
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "template.onnx"
-        write_template(
-            path,
-            weights=store.get_path(model.weights),
-            plan=plan_from_file(store.get_path(model.plan)),
-            name=model.name,
-            num_classes=model.num_classes,
-            input_shape=model.input_shape,
-            weight_method=weight_method,
-        )
+        if model.source == "onnx":
+            write_qdq_template(weights, path, plan=plan, weight_method=weight_method)
+        else:
+            write_template(
+                path, weights=weights, plan=plan, name=model.name, num_classes=model.num_classes,
+                input_shape=model.input_shape, weight_method=weight_method,
+            )  # fmt: skip
         template = store.put_file(path)
     get_run_logger().info("Exported the Q/DQ template, %d bytes", template.size_bytes)
     return template

@@ -2,19 +2,28 @@
 
 import dataclasses
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from prefect.logging import get_run_logger
 
 from ptq.calibration import RANGE_IMAGES, ranges_from_files
 from ptq.config import ModelConfig, PreprocessingConfig, QuantizationConfig
+from ptq.onnx_preparation import equalize_onnx_model, prepare_onnx_model
+from ptq.onnx_source import source_digest
 from ptq.preparation import equalize_model, model_sources, plan_from_file, prepare_model
 from ptq.records import CalibrationDraws, DataRecord, ModelRecord
 from ptq.store import open_store
 from tasks.stage import RunContext, stage
 
 
-@stage(returns=ModelRecord, timeout_seconds=1800, reads=lambda model: model_sources(model.name, Path(model.checkpoint)))
+def _sources(model: ModelConfig) -> list[str]:
+    """The digests of what a model is made from."""
+    checkpoint = Path(model.checkpoint)
+    return [source_digest(checkpoint)] if model.is_onnx else model_sources(model.name, checkpoint)
+
+
+@stage(returns=ModelRecord, timeout_seconds=1800, reads=_sources)
 def replace_modules(
     model: ModelConfig,
     data: DataRecord,
@@ -23,11 +32,11 @@ def replace_modules(
     input_shape: tuple[int, int, int],
     run: RunContext,
 ) -> ModelRecord:
-    """Load the checkpoint, fold BatchNorm and decide where quantizers go."""
+    """Load the checkpoint or the ONNX file, fold BatchNorm and decide where quantizers go."""
     store = open_store(run.store_uri)
+    prepare = prepare_onnx_model if model.is_onnx else partial(prepare_model, name=model.name)
     with tempfile.TemporaryDirectory() as directory:
-        prepared = prepare_model(
-            name=model.name,
+        prepared = prepare(
             checkpoint=Path(model.checkpoint),
             class_count=len(data.class_names),
             has_named_classes=data.has_named_classes,
@@ -50,6 +59,7 @@ def replace_modules(
         num_classes=prepared.num_classes,
         class_names=data.class_names,
         warnings=prepared.warnings,
+        source="onnx" if model.is_onnx else "torch",
         **files,
     )
 
@@ -64,7 +74,10 @@ def equalize_channels(
     threads: int,
     run: RunContext,
 ) -> ModelRecord:
-    """Scale channels against the layers around them, by the ranges that `reference` shows on drawn images."""
+    """Scale channels against the layers around them, by the ranges that `reference` shows on drawn images.
+
+    A PyTorch network that cannot be traced comes back as it is.
+    """
     store = open_store(run.store_uri)
     plan = plan_from_file(store.get_path(reference.plan))
     if not plan.traced:
@@ -78,14 +91,14 @@ def equalize_channels(
         std=preprocessing.std,
         threads=threads,
     )
+    equalize = partial(
+        equalize_model, name=model.name, num_classes=model.num_classes, input_shape=model.input_shape
+    )  # fmt: skip
     with tempfile.TemporaryDirectory() as directory:
-        files, changed = equalize_model(
+        files, changed = (equalize_onnx_model if model.source == "onnx" else equalize)(
             weights=store.get_path(model.weights),
             plan=plan_from_file(store.get_path(model.plan)),
             ranges=ranges,
-            name=model.name,
-            num_classes=model.num_classes,
-            input_shape=model.input_shape,
             directory=Path(directory),
         )
         stored = {name: store.put_file(path) for name, path in files.items()}

@@ -19,7 +19,7 @@ def validate_graph(model: ModelRecord, graph: GraphRecord, *, run: RunContext) -
     checks = check_graph(
         store.get_path(graph.onnx),
         dialect=graph.dialect,
-        allowed_float_layers=plan.float_layers,
+        allowed_float_layers=(*plan.float_layers, *plan.float_operators),
         input_shape=model.input_shape,
         num_classes=model.num_classes,
     )

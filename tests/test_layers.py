@@ -29,7 +29,14 @@ SHARED_TASK_MODULES = ("tasks.retries", "tasks.stage", "tasks.progress")
 # The files that may import a heavy library; torch and numpy may be imported anywhere below the flows.
 HOMES = {
     "pytorch_quantization": {"ptq/fake_quant.py"},
-    "onnx_graphsurgeon": {"ptq/onnx_graph.py", "ptq/graph_checks.py", "ptq/graph_walk.py"},
+    "onnx_graphsurgeon": {
+        "ptq/onnx_graph.py",
+        "ptq/graph_checks.py",
+        "ptq/graph_walk.py",
+        "ptq/onnx_canonical.py",
+        "ptq/onnx_insertion.py",
+        "ptq/onnx_names.py",
+    },
     "tensorrt": {"ptq/engines/tensorrt.py"},
     "openvino": {"ptq/engines/openvino.py"},
     "onnxruntime": {"ptq/engines/onnxruntime.py"},

@@ -29,6 +29,8 @@ _PROVIDER = "CPUExecutionProvider"
 _PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
 # Severities are 0 (verbose) to 4 (fatal). Warnings about graphs that are meant to be so say nothing here.
 _ERROR_SEVERITY = 3
+# Other libraries open sessions too, onnx-graphsurgeon to fold constants: theirs are as quiet.
+onnxruntime.set_default_logger_severity(_ERROR_SEVERITY)
 
 
 class OnnxRuntimeEngine(OneBatchAtATime):

@@ -101,7 +101,7 @@ def test_every_file_of_the_verdict_is_in_the_store(finished):
     config, directory, _ = finished
     store = open_store(config.output.store)
     for name, file in verdict_in(directory).files.items():
-        path = store.root / "objects" / file.sha256[:2] / file.sha256
+        path = store.backend.root / "objects" / file.sha256[:2] / file.sha256
         assert path.stat().st_size == file.size_bytes, name
 
 

@@ -113,3 +113,34 @@ def small_resnet(seed=0, **options):
                 nn.init.uniform_(module.weight, 0.5, 1.5)
                 nn.init.normal_(module.bias, 0, 0.1)
     return model.eval()
+
+
+def small_vision_transformer(num_classes=5):
+    """torchvision's vision transformer for 32 pixels with two narrow blocks, and a head that is not all zero."""
+    model = _torchvision().VisionTransformer(
+        image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=num_classes
+    )
+    nn.init.normal_(model.heads.head.weight)
+    return model.eval()
+
+
+def small_swin(num_classes=5):
+    """torchvision's Swin transformer with two stages of two narrow blocks, of which every second is shifted."""
+    return _torchvision().SwinTransformer(
+        patch_size=[2, 2], embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=[5, 5], num_classes=num_classes
+    ).eval()  # fmt: skip
+
+
+def small_convnext(num_classes=5):
+    """torchvision's ConvNeXt with two narrow stages."""
+    from torchvision.models.convnext import CNBlockConfig
+
+    return _torchvision().ConvNeXt([CNBlockConfig(16, 32, 1), CNBlockConfig(32, None, 2)], num_classes=num_classes)
+
+
+def _torchvision():
+    import torchvision
+
+    import ptq.models  # noqa: F401  (a build of torch without CUDA needs its schemas first)
+
+    return torchvision.models

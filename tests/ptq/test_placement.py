@@ -126,14 +126,41 @@ class Signs(nn.Module):
         summed = rectified + torch.sigmoid(raw)
         mixed = rectified + raw
         joined = torch.cat([doubled, summed], 1)
-        return raw, rectified, shifted, doubled, summed, mixed, torch.flatten(joined, 1)
+        subtracted = torch.sub(rectified, summed), torch.add(rectified, summed, alpha=-1), rectified.add(other=-1)
+        return raw, rectified, shifted, doubled, summed, mixed, torch.flatten(joined, 1), *subtracted
 
 
 def test_never_negative_is_proved_from_the_operations():
     module = fx.symbolic_trace(Signs())
     (output,) = [node for node in module.graph.nodes if node.op == "output"]
     proved = [is_never_negative(module, node) for node in output.args[0]]
-    assert proved == [False, True, False, True, True, False, True]
+    assert proved == [False, True, False, True, True, False, True, False, False, False]
+
+
+class Means(nn.Module):
+    """A mean over the pixels is a global average pool; one over the channels is not, nor is that of a gate."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.gate, self.fc = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = torch.relu(self.conv(x))
+        x = x.mul(torch.sigmoid(self.gate(x.mean((2, 3), keepdim=True))))
+        x = torch.relu(x - x.mean(1, keepdim=True))
+        return self.fc(x.mean([2, 3]) + torch.mean(x, dim=(-1, -2)))
+
+
+def test_a_mean_over_height_and_width_is_an_average_pool():
+    plan = plan_of(Means())
+    readers = [reader for activation in plan.activations for reader in activation.readers]
+    assert sorted(readers) == ["conv", "fc", "gate", "mean_2", "mean_3"]
+
+
+def test_what_stays_in_float_by_choice_is_named_by_its_operators():
+    assert plan_of(small_resnet()).float_operators == ()
+    assert plan_of(small_resnet(), residuals=False).float_operators == ("Add",)
+    assert "GlobalAveragePool" in plan_of(small_resnet(), pools=False).float_operators
 
 
 def test_a_model_that_cannot_be_traced_keeps_its_adds_in_float_and_says_so():

@@ -39,7 +39,7 @@ def test_a_damaged_object_is_set_aside_and_never_returned(store):
     with pytest.raises(ArtifactError, match=r"a\.txt in the store .* is damaged.*set aside"):
         store.get_bytes(ref)
     assert not path.exists()
-    assert len(list((store.root / "damaged").iterdir())) == 1
+    assert len(list((store.backend.root / "damaged").iterdir())) == 1
 
 
 def test_an_absent_object_says_so(store):
@@ -69,7 +69,7 @@ def test_a_stage_whose_object_is_gone_or_damaged_is_not_used(store):
 @pytest.mark.parametrize("damage", ["", "{", '{"stage": "x"}', "[]"])
 def test_a_stage_record_that_is_damaged_is_set_aside(store, damage):
     written, _ = entry(store)
-    path = store.root / "stages" / written.stage / f"{written.key}.json"
+    path = store.backend.root / "stages" / written.stage / f"{written.key}.json"
     path.write_text(damage)
     assert store.read_stage(written.stage, written.key) is None
     assert not path.exists()
@@ -77,7 +77,7 @@ def test_a_stage_record_that_is_damaged_is_set_aside(store, damage):
 
 def test_a_stage_record_that_was_tampered_with_is_not_used(store):
     written, _ = entry(store)
-    path = store.root / "stages" / written.stage / f"{written.key}.json"
+    path = store.backend.root / "stages" / written.stage / f"{written.key}.json"
     content = json.loads(path.read_text())
     content["record"]["histograms"]["name"] = "other.npz"
     path.write_text(json.dumps(content))
@@ -100,16 +100,15 @@ def test_publishing_moves_latest_and_keeps_history(store):
     assert store.latest("resnet50") is None
     assert store.publish("resnet50", "v1", {"drop_pp": 0.1}) == ""
     assert store.publish("resnet50", "v2", {"drop_pp": 0.2}) == "v1"
-    assert store.latest("resnet50") == {"model": "resnet50", "version": "v2", "replaced": "v1", "drop_pp": 0.2}
-    history = sorted(path.stem for path in (store.root / "models/resnet50/history").iterdir())
-    assert history == ["000000-v1", "000001-v2"]
+    newest = {"model": "resnet50", "version": "v2", "replaced": "v1", "sequence": 1, "drop_pp": 0.2}
+    assert store.latest("resnet50") == newest
+    assert [entry["version"] for entry in store.history("resnet50")] == ["v1", "v2"]
 
 
 def test_a_version_that_comes_back_leaves_the_history_of_its_first_time(store):
     for version in ("v1", "v2", "v1"):
         store.publish("resnet50", version, {})
-    history = sorted(path.stem for path in (store.root / "models/resnet50/history").iterdir())
-    assert history == ["000000-v1", "000001-v2", "000002-v1"]
+    assert [entry["version"] for entry in store.history("resnet50")] == ["v1", "v2", "v1"]
 
 
 def test_publishing_the_latest_version_again_changes_nothing(store):
@@ -125,10 +124,10 @@ def test_versions_published_together_leave_one_whole_pointer(store):
         thread.start()
     for thread in threads:
         thread.join()
-    history = {path.stem[7:]: json.loads(path.read_text()) for path in (store.root / "models/m/history").iterdir()}
-    assert len(history) == 8
-    replaced = {document["replaced"] for document in history.values()}
-    assert replaced == {*history, ""} - {store.latest("m")["version"]}
+    versions = [entry["version"] for entry in store.history("m")]
+    assert sorted(versions) == [f"v{i}" for i in range(8)]
+    assert [entry["replaced"] for entry in store.history("m")] == ["", *versions[:-1]]
+    assert store.latest("m") == store.history("m")[-1]
 
 
 @pytest.mark.parametrize("name", ["../evil", "a/b", "", ".hidden"])

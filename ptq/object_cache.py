@@ -1,0 +1,110 @@
+"""Where are objects of a distant store kept for reading?
+
+A folder of this machine, shared by its processes: objects by their SHA-256, verified at every use, the least
+recently used removed above a size. `PTQ_CACHE_DIR` and `PTQ_CACHE_GIB` set it up.
+"""
+
+import contextlib
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from ptq.backends import disk_errors
+from ptq.errors import ArtifactError, UsageError
+
+DEFAULT_GIB = 20.0
+# A path that was handed out may be opened a little later.
+_KEPT_S = 3600.0
+
+
+def file_digest(path: Path) -> str:
+    """Returns the SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def user_cache() -> "ObjectCache":
+    """Returns the cache that the environment names, by default `~/.cache/ptq` with 20 GiB.
+
+    Raises:
+        UsageError: `PTQ_CACHE_GIB` is no number.
+        ArtifactError: the folder cannot be created.
+    """
+    root = os.environ.get("PTQ_CACHE_DIR") or str(
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ptq"
+    )
+    asked = os.environ.get("PTQ_CACHE_GIB") or str(DEFAULT_GIB)
+    try:
+        gib = float(asked)
+    except ValueError as error:
+        raise UsageError(f"PTQ_CACHE_GIB is {asked!r}; expected a number of gibibytes, such as 20.") from error
+    return ObjectCache(Path(root).absolute(), limit_bytes=int(gib * 2**30))
+
+
+class ObjectCache:
+    """Objects by SHA-256 in a folder.
+
+    Args:
+        root: the folder; it is created.
+        limit_bytes: size above which the least recently used objects go, except those used in the last hour.
+    """
+
+    def __init__(self, root: Path, *, limit_bytes: int) -> None:
+        self.root = root
+        self._limit_bytes = limit_bytes
+        with disk_errors(root):
+            root.mkdir(parents=True, exist_ok=True)
+
+    def find(self, sha256: str) -> Path | None:
+        """Returns the verified file of an object, None if it is not there; a damaged file is removed."""
+        path = self._path(sha256)
+        try:
+            found = file_digest(path)
+        except FileNotFoundError:
+            return None
+        if found != sha256:
+            path.unlink(missing_ok=True)
+            return None
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(path)
+        return path
+
+    @contextlib.contextmanager
+    def written(self, sha256: str) -> Iterator[Path]:
+        """Yields a temporary file that takes the object's place afterwards; gone if the block raises.
+
+        Raises:
+            ArtifactError: the disk is full or may not be written.
+        """
+        temporary = self.root / f".{sha256[:16]}.{os.getpid()}.{time.monotonic_ns()}"
+        try:
+            with disk_errors(self.root):
+                yield temporary
+                target = self._path(sha256)
+                target.parent.mkdir(exist_ok=True)
+                temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        self._shrink()
+
+    def _path(self, sha256: str) -> Path:
+        path = self.root / sha256[:2] / sha256
+        if path.is_symlink():
+            raise ArtifactError(f"{path} is a symbolic link; expected a file of the cache. Remove it and run again.")
+        return path
+
+    def _shrink(self) -> None:
+        """Removes what was used longest ago, until the limit is kept."""
+        files = []
+        for path in self.root.glob("??/*"):
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                files.append((status.st_mtime, status.st_size, path))
+        size = sum(size for _, size, _ in files)
+        for used_at, size_bytes, path in sorted(files):
+            if size <= self._limit_bytes or used_at > time.time() - _KEPT_S:
+                return
+            path.unlink(missing_ok=True)
+            size -= size_bytes

@@ -1,0 +1,254 @@
+"""Where do quantizers go in an ONNX graph?
+
+The rules of `placement`, read from the operators of a graph in canonical form (`onnx_canonical`) instead of a
+`torch.fx` graph: the same network gets the same quantizers either way. Nothing is changed here; `onnx_insertion`
+carries the plan out.
+"""
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from ptq.errors import UsageError
+from ptq.graph_walk import Layer, Node, QdqGraph, Tensor, constant, producer
+from ptq.records import LayerInput, PlacementPlan, QuantizerSpec
+
+_WEIGHT_ENDING = ".weight"
+# What stays in float where adds or average pools are left alone by choice.
+_ADD_OPERATORS = ("Add",)
+_POOL_OPERATORS = ("AveragePool", "GlobalAveragePool", "ReduceMean")
+
+
+def place_quantizers(
+    graph: QdqGraph,
+    layers: Sequence[Layer],
+    *,
+    residuals: bool,
+    pools: bool,
+    commuting_pools: bool,
+    first_layer: bool,
+    last_layer: bool,
+    skip_layers: Collection[str],
+) -> PlacementPlan:
+    """Returns where quantizers go in a float graph in canonical form, its shapes inferred.
+
+    Args:
+        graph: the graph, its shapes inferred.
+        layers: its layers with a stored weight, as `onnx_names.layers_of` yields them.
+        residuals: quantize the identity operand of residual adds.
+        pools: quantize the inputs of average pools.
+        commuting_pools: put a quantizer before a max pool rather than behind it.
+        first_layer: quantize the first weighted layer.
+        last_layer: quantize the last weighted layer.
+        skip_layers: layers left in float.
+
+    Raises:
+        UsageError: `skip_layers` names a layer that does not exist, or nothing is left to quantize.
+    """
+    by_name: dict[str, list[Layer]] = {}
+    for layer in layers:
+        by_name.setdefault(layer_name(layer), []).append(layer)
+    skipped = _skipped(list(by_name), first_layer=first_layer, last_layer=last_layer, skip_layers=skip_layers)
+    quantized = [name for name in by_name if name not in skipped]
+    if not quantized:
+        raise UsageError("No layer is left to quantize; remove names from quantization.skip_layers.")
+    requests = _Requests(graph, commuting_pools)
+    for name in quantized:
+        for layer in by_name[name]:
+            requests.ask(layer.activation, layer.node)
+    for pool in graph.average_pools() if pools else ():
+        requests.ask(pool.inputs[0], pool)
+    adds = residual_adds(graph, layers)
+    for add in adds if residuals else ():
+        requests.ask(identity_operand(add, layers), add)
+    weights = [_weight_quantizer(name, by_name[name][0]) for name in quantized]
+    others = [layer for layer in graph.layers if id(layer.node) not in {id(known.node) for known in layers}]
+    return PlacementPlan(
+        quantizers=(*requests.specs(), *weights),
+        quantized_layers=tuple(quantized),
+        float_layers=(*(name for name in by_name if name in skipped), *(layer.node.name for layer in others)),
+        residual_adds=len(adds),
+        quantized_residual_adds=len(adds) if residuals else 0,
+        traced=True,
+        warnings=_warnings(others),
+        layer_inputs=tuple(
+            LayerInput(name, by_name[name][0].activation.name, _channel_axis(by_name[name][0].node))
+            for name in quantized
+            if len(by_name[name]) == 1
+        ),
+        float_operators=(*(() if residuals else _ADD_OPERATORS), *(() if pools else _POOL_OPERATORS)),
+    )
+
+
+def layer_name(layer: Layer) -> str:
+    """Returns the name of a layer of a canonical graph: its weight is `<name>.weight`."""
+    return layer.weight.name.removesuffix(_WEIGHT_ENDING)
+
+
+def _skipped(
+    names: Sequence[str], *, first_layer: bool, last_layer: bool, skip_layers: Collection[str]
+) -> Collection[str]:
+    if not names:
+        raise UsageError("The model has no convolution and no linear layer with stored weights; nothing to quantize.")
+    unknown = [name for name in skip_layers if name not in names]
+    if unknown:
+        raise UsageError(
+            f"quantization.skip_layers names {', '.join(unknown)}; the model has no such layer. Its layers are "
+            f"{', '.join(names[:6])}, ... ({len(names)} in all)."
+        )
+    return {*skip_layers, *([] if first_layer else names[:1]), *([] if last_layer else names[-1:])}
+
+
+def _weight_quantizer(name: str, layer: Layer) -> QuantizerSpec:
+    rank = 2 if layer.node.op in ("Gemm", "MatMul") else 0
+    axis = layer.axis % rank if rank else layer.axis
+    return QuantizerSpec(
+        name=f"{name}{_WEIGHT_ENDING}", kind="weight", observed="", axis=axis, never_negative=False, readers=(name,)
+    )
+
+
+def _warnings(others: Sequence[Layer]) -> tuple[str, ...]:
+    if not others:
+        return ()
+    names = ", ".join(layer.node.name for layer in others[:3])
+    return (f"{len(others)} layers stay in float, for their weights are computed or stored unusually: {names}.",)
+
+
+def _channel_axis(node: Node) -> int:
+    """The axis of the input channels: the last for a linear layer, else the second."""
+    return -1 if node.op in ("Gemm", "MatMul") else 1
+
+
+# Residual adds
+
+
+def _operands(node: Node) -> list[Tensor]:
+    """What a node reads of the image; integers are sizes and positions, from which masks are made."""
+    return [
+        tensor
+        for tensor in node.inputs
+        if tensor.name and constant(tensor) is None and getattr(tensor.dtype, "kind", "f") not in "iub"
+    ]
+
+
+def _reach(tensor: Tensor) -> dict[str, Tensor]:
+    """The tensor and every computed tensor whose values it depends on, by name."""
+    found = {tensor.name: tensor}
+    pending = [tensor]
+    while pending:
+        node = producer(pending.pop())
+        for source in _operands(node) if node is not None else ():
+            if source.name not in found:
+                found[source.name] = source
+                pending.append(source)
+    return found
+
+
+def residual_adds(graph: QdqGraph, layers: Sequence[Layer]) -> list[Node]:
+    """Returns the additions of two activations that share an ancestor, at least one of them behind a weighted layer."""
+    weighted = {layer.node.outputs[0].name for layer in layers}
+    adds = []
+    for node in graph.nodes:
+        operands = _operands(node) if node.op == "Add" else []
+        if len(operands) != 2 or operands[0] is operands[1]:
+            continue
+        left, right = (set(_reach(operand)) for operand in operands)
+        if left & right and (left ^ right) & weighted:
+            adds.append(node)
+    return adds
+
+
+def identity_operand(add: Node, layers: Sequence[Layer]) -> Tensor:
+    """Returns the operand of a residual add that is quantized: the identity, or the downsample branch.
+
+    An operand from which the other is computed is the identity. Where both are branches, the one with fewer
+    weighted layers since they parted is the downsample branch; on a tie the one that is not a bare weighted layer.
+    """
+    weighted = {layer.node.outputs[0].name for layer in layers}
+    left, right = _operands(add)
+    left_reach, right_reach = set(_reach(left)), set(_reach(right))
+    if left.name in right_reach:
+        return left
+    if right.name in left_reach:
+        return right
+    shared = left_reach & right_reach
+    left_weighted, right_weighted = len((left_reach - shared) & weighted), len((right_reach - shared) & weighted)
+    if left_weighted != right_weighted:
+        return left if left_weighted < right_weighted else right
+    return left if left.name not in weighted else right
+
+
+# One quantizer per tensor
+
+
+@dataclass
+class _Group:
+    """One quantizer under construction."""
+
+    tensors: list[Tensor]
+    observed: Tensor
+    readers: list[str] = field(default_factory=list)
+
+
+class _Requests:
+    """Collects who wants to read which tensor quantized, one quantizer per tensor."""
+
+    def __init__(self, graph: QdqGraph, commuting_pools: bool) -> None:
+        self._graph = graph
+        self._commuting_pools = commuting_pools
+        self._groups: dict[str, _Group] = {}
+
+    def ask(self, tensor: Tensor, reader: Node) -> None:
+        """Notes that `reader` is to read `tensor` quantized."""
+        group = self._groups.setdefault(tensor.name, _Group(tensors=[tensor], observed=tensor))
+        if reader.name not in group.readers:
+            group.readers.append(reader.name)
+
+    def specs(self) -> Iterable[QuantizerSpec]:
+        """Returns the specs in the order of the graph, with quantizers moved before operations that commute."""
+        for name in list(self._groups) if self._commuting_pools else ():
+            self._move_before_max_pool(name)
+        for name in list(self._groups):
+            self._move_before_concat(name)
+        order = {tensor.name: position for position, tensor in enumerate(self._graph.inputs)}
+        for node in self._graph.nodes:
+            for tensor in node.outputs:
+                order.setdefault(tensor.name, len(order))
+        unique = {id(group): group for group in self._groups.values()}
+        for group in sorted(unique.values(), key=lambda group: order[group.observed.name]):
+            yield QuantizerSpec(
+                name=group.observed.name,
+                kind="activation",
+                observed=group.observed.name,
+                axis=None,
+                never_negative=all(self._graph.never_negative(tensor) for tensor in group.tensors),
+                readers=tuple(group.readers),
+                tensors=tuple(tensor.name for tensor in group.tensors),
+            )
+
+    def _move_before_max_pool(self, name: str) -> None:
+        """max(Q(x)) = Q(max(x)): before the pool the quantizer lets it run in INT8."""
+        pool = producer(self._groups[name].tensors[0])
+        while pool is not None and pool.op == "MaxPool" and len(pool.outputs) == 1:
+            source = pool.inputs[0]
+            if source.name in self._groups or not self._graph.is_private(source):
+                return
+            group = self._groups.pop(pool.outputs[0].name)
+            group.tensors, group.readers = [source], [pool.name]
+            self._groups[source.name] = group
+            pool = producer(source)
+
+    def _move_before_concat(self, name: str) -> None:
+        """The operands of a concat, where nothing else reads them, are quantized with one scale before it."""
+        group = self._groups.get(name)
+        concat = producer(group.tensors[0]) if group is not None else None
+        if group is None or concat is None or concat.op != "Concat" or [t.name for t in group.tensors] != [name]:
+            return
+        operands = _operands(concat)
+        if len(operands) != len(concat.inputs):
+            return
+        if any(not self._graph.is_private(operand) or operand.name in self._groups for operand in operands):
+            return
+        del self._groups[name]
+        group.tensors, group.readers = operands, [concat.name]
+        for operand in operands:
+            self._groups[operand.name] = group

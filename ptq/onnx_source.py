@@ -1,0 +1,215 @@
+"""What is in somebody else's ONNX file, and can it be quantized?
+
+Reads the file with its external data and refuses what is no FP32 classifier of images, each refusal with its reason.
+The graph is brought into one form in `onnx_canonical`; where quantizers go is decided in `onnx_placement`.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import TensorProto
+from onnx.external_data_helper import load_external_data_for_model, uses_external_data
+
+from ptq.errors import CheckpointError
+
+# Per-channel Q/DQ exists from opset 13 on; older files are brought to the newest opset that TensorRT 8.6 reads.
+OLDEST_OPSET, OPSET = 13, 17
+_STANDARD_DOMAINS = ("", "ai.onnx")
+_QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger")
+_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_OTHER_FLOATS = {
+    TensorProto.FLOAT16: "float16",
+    TensorProto.BFLOAT16: "bfloat16",
+    TensorProto.DOUBLE: "float64",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxSource:
+    """A classifier as its file has it, weights included. `batch_size` is None where the batch is dynamic."""
+
+    model: onnx.ModelProto
+    input_name: str
+    output_name: str
+    batch_size: int | None
+
+
+def read_source(path: Path, *, input_shape: tuple[int, int, int]) -> OnnxSource:
+    """Returns the FP32 classifier in an ONNX file, in opset 13 or newer, its batch dimension as it was.
+
+    Args:
+        path: the ONNX file, with its external data beside it if it has any.
+        input_shape: (c, h, w) of the images; free dimensions of the file's input are set to it.
+
+    Raises:
+        CheckpointError: the file is absent, damaged, or is no FP32 classifier of such images.
+    """
+    model = _parsed(path)
+    _load_data_(path, model)
+    _check_operators(path, model)
+    initializers = {tensor.name for tensor in model.graph.initializer}
+    _check_types(path, model)
+    inputs = [value for value in model.graph.input if value.name not in initializers]
+    if len(inputs) != 1 or len(model.graph.output) != 1:
+        names = ", ".join(value.name for value in (*inputs, *model.graph.output))
+        raise CheckpointError(
+            f"{path} has {len(inputs)} inputs and {len(model.graph.output)} outputs ({names}); expected one of each, "
+            "images and their logits. Export the classifier alone."
+        )
+    batch_size = _fit_input_(path, inputs[0], input_shape)
+    del model.graph.input[:]
+    model.graph.input.append(inputs[0])
+    return OnnxSource(_upgraded(path, model), inputs[0].name, model.graph.output[0].name, batch_size)
+
+
+def source_digest(path: Path) -> str:
+    """Returns the SHA-256 of an ONNX file; with external data, of the file's and the data files' digests.
+
+    Raises:
+        CheckpointError: the file is absent or damaged.
+    """
+    model = _parsed(path)
+    locations = _data_files(model)
+    _load_data_(path, model)  # an absent file is an error with its reason
+    digests = [_sha256(path), *(_sha256(path.parent / location) for location in locations)]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _data_files(model: onnx.ModelProto) -> list[str]:
+    """The files beside the model that hold its weights."""
+    return sorted(
+        {
+            entry.value
+            for tensor in model.graph.initializer
+            if uses_external_data(tensor)
+            for entry in tensor.external_data
+            if entry.key == "location"
+        }
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _parsed(path: Path) -> onnx.ModelProto:
+    """The model without its external data."""
+    if not path.is_file():
+        raise CheckpointError(f"Model {path} does not exist. Give the path of an ONNX file.")
+    try:
+        model = onnx.load_model(str(path), load_external_data=False)
+    except (DecodeError, ValueError, TypeError) as error:
+        raise _no_model(path, _first_line(error)) from error
+    if not model.graph.node or not model.opset_import:
+        raise _no_model(path, f"it holds {len(model.graph.node)} nodes and {len(model.opset_import)} opsets")
+    return model
+
+
+def _load_data_(path: Path, model: onnx.ModelProto) -> None:
+    locations = ", ".join(_data_files(model)[:3])
+    try:
+        load_external_data_for_model(model, str(path.parent))
+    except (OSError, ValueError, onnx.checker.ValidationError) as error:
+        raise CheckpointError(
+            f"{path} keeps its weights in {locations}, which cannot be read: {_first_line(error)}. Expected the data "
+            "files in the folder of the model; copy them there."
+        ) from error
+
+
+def _no_model(path: Path, problem: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} ({path.stat().st_size:,} bytes) is not an ONNX model: {problem}. Expected a whole ONNX file; this one "
+        "is cut off or of another format. Export it again."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """The nodes of a graph and of the branches and loops in it."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for below in (attribute.g, *attribute.graphs):
+                yield from _nodes(below)
+
+
+def _check_operators(path: Path, model: onnx.ModelProto) -> None:
+    nodes = list(_nodes(model.graph))
+    quantized = [node for node in nodes if node.op_type in _QUANTIZED or node.op_type.startswith("QLinear")]
+    if quantized:
+        raise CheckpointError(
+            f"{path} is quantized already: it has {len(quantized)} nodes such as {quantized[0].op_type} "
+            f"{quantized[0].name}. Expected an FP32 classifier; give the file it was made from. `ptq validate` and "
+            "`ptq evaluate` take this one."
+        )
+    foreign = [node for node in nodes if node.domain not in _STANDARD_DOMAINS]
+    if foreign:
+        raise CheckpointError(
+            f"{path} has {len(foreign)} operators that ONNX does not define, such as {foreign[0].domain}."
+            f"{foreign[0].op_type}. Expected standard operators; export it again without fusions for one runtime."
+        )
+    if not any(node.op_type in _LAYERS for node in nodes):
+        raise CheckpointError(
+            f"{path} has no convolution and no linear layer among its {len(nodes)} nodes; there is nothing to "
+            "quantize. Give a classifier of images."
+        )
+
+
+def _check_types(path: Path, model: onnx.ModelProto) -> None:
+    """Weights and image must be float32, and finite."""
+    for tensor in model.graph.initializer:
+        if tensor.data_type in _OTHER_FLOATS:
+            raise CheckpointError(
+                f"{path} holds weights in {_OTHER_FLOATS[tensor.data_type]}, such as {tensor.name}. Expected float32: "
+                "rounded weights would be rounded twice. Export the model in FP32."
+            )
+
+
+def _fit_input_(path: Path, value: onnx.ValueInfoProto, input_shape: tuple[int, int, int]) -> int | None:
+    """Checks the image input, sets its free dimensions and returns its batch size, None for a dynamic one."""
+    kind = value.type.tensor_type
+    dimensions = [d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else None for d in kind.shape.dim]
+    if kind.elem_type != TensorProto.FLOAT or len(dimensions) != 4:
+        name = TensorProto.DataType.Name(kind.elem_type).lower()
+        raise CheckpointError(
+            f"Input {value.name} of {path} is {name} with {len(dimensions)} dimensions; expected float with four, "
+            "(n, c, h, w). Export the classifier without its preprocessing."
+        )
+    if any(found not in (None, wanted) for found, wanted in zip(dimensions[1:], input_shape, strict=True)):
+        hint = " It looks like (n, h, w, c); export it with channels first." if dimensions[3] in (1, 3) else ""
+        raise CheckpointError(
+            f"{path} reads images of shape {tuple(dimensions[1:])}, and the preprocessing gives {input_shape}.{hint} "
+            "Set channels, resize and crop to match."
+        )
+    for dimension, size in zip(kind.shape.dim[1:], input_shape, strict=True):
+        dimension.dim_value = size
+    return dimensions[0]
+
+
+def _upgraded(path: Path, model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model in an opset that has per-channel Q/DQ."""
+    opset = max((entry.version for entry in model.opset_import if entry.domain in _STANDARD_DOMAINS), default=0)
+    try:
+        if model.functions:
+            model = onnx.inliner.inline_local_functions(model)
+        # Older exporters listed weights as inputs too, which the format no longer asks for.
+        model.ir_version = max(model.ir_version, 4)
+        onnx.checker.check_model(model)
+        if opset >= OLDEST_OPSET:
+            return model
+        upgraded = onnx.version_converter.convert_version(model, OPSET)
+        onnx.checker.check_model(upgraded)
+        return upgraded
+    except (onnx.checker.ValidationError, RuntimeError, ValueError, IndexError) as error:
+        raise CheckpointError(
+            f"{path} (opset {opset}) is no valid model of opset {OLDEST_OPSET} or newer, and cannot be made one: "
+            f"{_first_line(error)}. Export it again with opset {OPSET}."
+        ) from error

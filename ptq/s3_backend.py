@@ -1,0 +1,350 @@
+"""How does a store keep its bytes in an S3-compatible bucket?
+
+The only importer of boto3. The endpoint comes from `AWS_ENDPOINT_URL_S3` and the credentials from boto3's own chain,
+nowhere else. Requests that fail on the way are repeated by botocore, which waits longer each time; what it does not
+repeat, a body that ends early or is changed on the way, is repeated here. Whether bytes are the right ones is
+decided in `store.py`, by their SHA-256.
+"""
+
+import base64
+import contextlib
+import hashlib
+import queue
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import parse_qs, urlparse
+
+import boto3
+from boto3.s3.transfer import TransferConfig
+from botocore import exceptions as faults
+from botocore.config import Config
+
+from ptq.backends import Entry, require_name
+from ptq.errors import ArtifactError, UsageError
+
+MEBIBYTE = 2**20
+MULTIPART_BYTES = 64 * MEBIBYTE
+_PART_BYTES = 16 * MEBIBYTE
+_CHUNK_BYTES = MEBIBYTE
+# Attempts at a request in botocore, whose waits double up to 20 s: a server that is away for half a minute is waited
+# for. Attempts at a body here.
+_REQUEST_ATTEMPTS = 10
+_BODY_ATTEMPTS = 5
+_MD5 = re.compile(r"^[0-9a-f]{32}$")
+_MISSING = ("404", "NoSuchKey", "NotFound")
+_REFUSED = ("412", "PreconditionFailed", "409", "ConditionalRequestConflict")
+# What a connection that breaks within a body raises.
+_BROKEN_BODY = (
+    faults.IncompleteReadError,
+    faults.ReadTimeoutError,
+    faults.ResponseStreamingError,
+    faults.ConnectionClosedError,
+    faults.FlexibleChecksumError,
+    ConnectionError,
+    TimeoutError,
+)
+_PROBE = "inputs/probe"
+
+Result = TypeVar("Result")
+
+
+class S3Bucket:
+    """A backend in a bucket, under a prefix.
+
+    Args:
+        uri: `s3://bucket/prefix`, with `?addressing=path` for a server that does not know buckets as host names.
+        client: an S3 client of boto3's in place of a new one.
+
+    Raises:
+        UsageError: the URI is not of this form.
+    """
+
+    def __init__(self, uri: str, *, client: Any = None) -> None:
+        self.bucket, self._prefix, addressing = parse_s3_uri(uri)
+        self._client = client or new_client(addressing)
+        self._honours_conditions: bool | None = None
+
+    @property
+    def uri(self) -> str:
+        """The bucket and prefix as an s3:// URI."""
+        return f"s3://{self.bucket}/{self._prefix}".rstrip("/")
+
+    @property
+    def has_conditions(self) -> bool:
+        """Whether the server honours conditions; asked once, by creating one object twice."""
+        if self._honours_conditions is None:
+            self.write(_PROBE, b"ptq")
+            self._honours_conditions = not self._create(_PROBE, b"ptq")
+        return self._honours_conditions
+
+    def local_path(self, name: str) -> None:
+        """Returns None: bytes must be fetched."""
+        require_name(name)
+
+    def entry(self, name: str) -> Entry | None:
+        """Returns what is kept under `name`; see `Backend`."""
+        with self._translated("look up", name):
+            try:
+                found = self._client.head_object(Bucket=self.bucket, Key=self._key(name))
+            except faults.ClientError as error:
+                if _code(error) in _MISSING:
+                    return None
+                raise
+        return Entry(name, int(found["ContentLength"]), found["LastModified"].timestamp(), str(found["ETag"]))
+
+    def entries(self, prefix: str) -> Iterator[Entry]:
+        """Yields what is kept under a prefix; see `Backend`."""
+        pages = self._client.get_paginator("list_objects_v2").paginate(
+            Bucket=self.bucket, Prefix=f"{self._prefix}{prefix}"
+        )
+        with self._translated("list", prefix):
+            for page in pages:
+                for item in page.get("Contents", []):
+                    name = str(item["Key"]).removeprefix(self._prefix)
+                    yield Entry(name, int(item["Size"]), item["LastModified"].timestamp(), str(item["ETag"]))
+
+    def read(self, name: str) -> tuple[bytes, str]:
+        """Returns bytes and tag; see `Backend`."""
+
+        def attempt() -> tuple[bytes, str]:
+            response = self._open(name)
+            data = response["Body"].read()
+            _require_length(len(data), response)
+            return data, str(response["ETag"])
+
+        return self._repeated("read", name, attempt)
+
+    def fetch(self, name: str, target: Path) -> str:
+        """Streams the object to a file and digests it on the way; see `Backend`."""
+
+        def attempt() -> str:
+            response = self._open(name)
+            with target.open("wb") as stream, _Digest() as digest:
+                for chunk in response["Body"].iter_chunks(_CHUNK_BYTES):
+                    digest.update(chunk)
+                    stream.write(chunk)
+                _require_length(stream.tell(), response)
+            return digest.hexdigest
+
+        return self._repeated("read", name, attempt)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Puts an object; see `Backend`."""
+        self._put(name, data)
+
+    def write_file(self, name: str, path: Path) -> None:
+        """Puts a file, in parts above `MULTIPART_BYTES`; see `Backend`."""
+        if path.stat().st_size <= MULTIPART_BYTES:
+            self._put(name, path.read_bytes())
+            return
+        parts = TransferConfig(multipart_threshold=MULTIPART_BYTES, multipart_chunksize=_PART_BYTES, max_concurrency=4)
+        with self._translated("write", name):
+            self._client.upload_file(
+                str(path), self.bucket, self._key(name), Config=parts, ExtraArgs={"ChecksumAlgorithm": "SHA256"}
+            )
+        kept = self.entry(name)
+        if kept is None or kept.size_bytes != path.stat().st_size:
+            raise ArtifactError(
+                f"{self.uri}/{name} has {kept.size_bytes if kept else 0} bytes after an upload of "
+                f"{path.stat().st_size}. Expected all of them. Run again; if it comes back, the server loses parts."
+            )
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Puts an object on the condition that there is none; see `Backend`.
+
+        A server that ignores the condition is asked first, which another writer may use.
+        """
+        if not self.has_conditions and self.entry(name) is not None:
+            return False
+        return self._create(name, data)
+
+    def _create(self, name: str, data: bytes) -> bool:
+        return self._put_if(name, data, IfNoneMatch="*")
+
+    def replace(self, name: str, data: bytes, *, tag: str) -> bool:
+        """Puts an object on the condition that its tag is still the same; see `Backend`."""
+        return self._put_if(name, data, IfMatch=tag)
+
+    def move(self, name: str, target: str) -> None:
+        """Copies on the server and deletes; see `Backend`."""
+        source = {"Bucket": self.bucket, "Key": self._key(name)}
+        with self._translated("move", name):
+            try:
+                self._client.copy_object(Bucket=self.bucket, Key=self._key(target), CopySource=source)
+            except faults.ClientError as error:
+                if _code(error) in _MISSING:
+                    return
+                raise
+        self.delete(name)
+
+    def delete(self, name: str) -> None:
+        """Deletes an object; see `Backend`."""
+        with self._translated("delete", name):
+            self._client.delete_object(Bucket=self.bucket, Key=self._key(name))
+
+    def _key(self, name: str) -> str:
+        return self._prefix + require_name(name)
+
+    def _open(self, name: str) -> dict[str, Any]:
+        try:
+            return dict(self._client.get_object(Bucket=self.bucket, Key=self._key(name)))
+        except faults.ClientError as error:
+            if _code(error) in _MISSING:
+                raise FileNotFoundError(f"{self.uri}/{name}") from error
+            raise
+
+    def _put(self, name: str, data: bytes, **conditions: str) -> None:
+        """Puts bytes with their checksum, and compares the tag where it is the MD5 of what arrived."""
+
+        def attempt() -> None:
+            checksum = base64.b64encode(hashlib.sha256(data).digest()).decode()
+            response = self._client.put_object(
+                Bucket=self.bucket, Key=self._key(name), Body=data, ChecksumSHA256=checksum, **conditions
+            )
+            arrived = str(response.get("ETag", "")).strip('"')
+            is_md5 = _MD5.match(arrived) and "aws:kms" not in str(response.get("ServerSideEncryption", ""))
+            if is_md5 and arrived != hashlib.md5(data, usedforsecurity=False).hexdigest():
+                raise ConnectionError("the bytes were changed on their way to the server")
+
+        self._repeated("write", name, attempt)
+
+    def _put_if(self, name: str, data: bytes, **conditions: str) -> bool:
+        try:
+            self._put(name, data, **conditions)
+        except _Refused:
+            # Perhaps by our own first attempt, whose answer was lost.
+            with contextlib.suppress(FileNotFoundError):
+                return "IfNoneMatch" in conditions and name != _PROBE and self.read(name)[0] == data
+            return False
+        return True
+
+    def _repeated(self, doing: str, name: str, attempt: Callable[[], Result]) -> Result:
+        """Returns what `attempt` returns, made again where a body broke."""
+        for number in range(1, _BODY_ATTEMPTS + 1):
+            with self._translated(doing, name, is_last=number == _BODY_ATTEMPTS):
+                return attempt()
+            # Spread, so that many readers do not come back at once.
+            time.sleep(random.uniform(0.1, 0.3) * 2**number)
+        raise AssertionError("the last attempt returns or raises")
+
+    @contextlib.contextmanager
+    def _translated(self, doing: str, name: str, *, is_last: bool = True) -> Iterator[None]:
+        """Turns botocore's exceptions into ArtifactError; swallows a broken body unless `is_last`."""
+        try:
+            yield
+        except _BROKEN_BODY as error:
+            if is_last:
+                raise self._error(doing, name, error) from error
+        except faults.ClientError as error:
+            if _code(error) in _REFUSED:
+                raise _Refused(name) from error
+            raise self._error(doing, name, error) from error
+        except (faults.BotoCoreError, boto3.exceptions.Boto3Error) as error:
+            raise self._error(doing, name, error) from error
+
+    def _error(self, doing: str, name: str, error: Exception) -> ArtifactError:
+        if isinstance(error, faults.NoCredentialsError | faults.PartialCredentialsError):
+            return ArtifactError(
+                f"There are no credentials for {self.uri}. Expected them where boto3 looks: the variables "
+                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or the machine's role."
+            )
+        said = " ".join(str(error).split())[:300]
+        return ArtifactError(
+            f"Cannot {doing} {self.uri}/{name} at {self._client.meta.endpoint_url}: {said}. Expected a server that "
+            "answers and a bucket that may be read and written. Check AWS_ENDPOINT_URL_S3, the bucket and the "
+            "permissions; a run that is started again goes on where this one stopped."
+        )
+
+
+class _Refused(ArtifactError):
+    """A condition did not hold."""
+
+
+class _Digest:
+    """SHA-256 in a thread of its own, so that it costs no time beside a transfer."""
+
+    def __init__(self) -> None:
+        self.hexdigest = ""
+        self._chunks: queue.Queue[bytes | None] = queue.Queue(maxsize=8)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> "_Digest":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._chunks.put(None)
+        self._thread.join()
+
+    def update(self, chunk: bytes) -> None:
+        self._chunks.put(chunk)
+
+    def _run(self) -> None:
+        digest = hashlib.sha256()
+        while (chunk := self._chunks.get()) is not None:
+            digest.update(chunk)
+        self.hexdigest = digest.hexdigest()
+
+
+def parse_s3_uri(uri: str) -> tuple[str, str, str]:
+    """Returns bucket, prefix (empty, or with a slash at the end) and addressing style of an s3:// URI.
+
+    Raises:
+        UsageError: the URI is not of this form.
+
+    >>> parse_s3_uri("s3://models/ptq?addressing=path")
+    ('models', 'ptq/', 'path')
+    """
+    parsed = urlparse(uri)
+    options = parse_qs(parsed.query, keep_blank_values=True)
+    addressing = options.pop("addressing", ["auto"])[-1]
+    if parsed.scheme != "s3" or not parsed.hostname or "@" in parsed.netloc or options or parsed.fragment:
+        raise UsageError(
+            f"output.store is {_without_secrets(uri)!r}; expected s3://bucket/prefix, with ?addressing=path for a "
+            "server that does not know buckets as host names. Credentials come from boto3's own chain."
+        )
+    if addressing not in ("auto", "path", "virtual"):
+        raise UsageError(f"addressing is {addressing!r} in {uri}; expected auto, path or virtual.")
+    prefix = parsed.path.strip("/")
+    if prefix:
+        require_name(prefix)
+    return parsed.netloc, f"{prefix}/" if prefix else "", addressing
+
+
+def _without_secrets(uri: str) -> str:
+    return re.sub(r"//[^/@]*@", "//...@", uri)
+
+
+def new_client(addressing: str) -> Any:
+    """Returns an S3 client that repeats failed requests and adapts its rate to a server that asks for it."""
+    config = Config(
+        retries={"mode": "adaptive", "total_max_attempts": _REQUEST_ATTEMPTS},
+        connect_timeout=10,
+        read_timeout=60,
+        max_pool_connections=16,
+        s3={"addressing_style": addressing},
+        # Every put carries a SHA-256; servers that do not know the newer checksums are not bothered with them.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    try:
+        return boto3.client("s3", config=config)
+    except faults.BotoCoreError as error:
+        raise ArtifactError(
+            f"boto3 cannot make an S3 client: {error}. Expected a region and valid settings; set AWS_DEFAULT_REGION, "
+            "for a server of your own to us-east-1."
+        ) from error
+
+
+def _code(error: faults.ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def _require_length(found: int, response: dict[str, Any]) -> None:
+    if found != int(response["ContentLength"]):
+        raise ConnectionError(f"the body ended after {found} of {response['ContentLength']} bytes")

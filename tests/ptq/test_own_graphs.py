@@ -1,0 +1,68 @@
+"""Do the graph checks stay silent on the graphs that this project writes?"""
+
+import pytest
+import torch
+from networks import Untraceable, small_resnet
+
+from ptq.fake_quant import fake_quant_from_folded, weight_amax
+from ptq.graph_checks import check_graph
+from ptq.models import create_model, fold_model
+from ptq.observation import observed_from_folded, observed_names
+from ptq.onnx_graph import export_qdq_template, write_candidate
+from ptq.placement import place_quantizers
+from tests.ptq.networks import PLACEMENT
+
+METADATA = {"checkpoint_sha256": "0" * 64, "method": "max", "trial": "0"}
+# One small network of each kind of block, and the pixels of a side.
+NETWORKS = {
+    "mobilenet_v2": 32, "mobilenet_v3_small": 32, "squeezenet1_1": 48, "regnet_y_400mf": 32, "mnasnet0_5": 32,
+    "benchmarks.networks:cifar_resnet20": 32, "tests.ptq.networks:small_vision_transformer": 32,
+    "tests.ptq.networks:small_swin": 32, "tests.ptq.networks:small_convnext": 32,
+}  # fmt: skip
+
+
+def findings_of(model, directory, *, side, **options):
+    """Errors and warnings for the Q/DQ graphs of both dialects of a network calibrated on one random batch."""
+    shape = (3, side, side)
+    folded = fold_model(model, input_shape=shape)
+    plan = place_quantizers(folded.module, traced=folded.traced, **{**PLACEMENT, **options})
+    images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        logits, *tensors = observed_from_folded(folded.module, plan)(images)
+    amax = {name: float(seen.abs().max()) + 1e-3 for name, seen in zip(observed_names(plan), tensors, strict=True)}
+    fake_quant = fake_quant_from_folded(
+        folded.module, plan, dialect="tensorrt", activation_amax=amax, weight_amax=weight_amax(folded.module, plan)
+    )
+    export_qdq_template(fake_quant, directory / "template.onnx", plan=plan, input_shape=shape)
+    allowed = (*plan.float_layers, *plan.float_operators)
+    found = []
+    for dialect in ("cpu", "tensorrt"):
+        path = directory / f"{dialect}.onnx"
+        write_candidate(
+            directory / "template.onnx", path, plan=plan, dialect=dialect, activation_amax=amax, metadata=METADATA
+        )
+        checks = check_graph(
+            path, dialect=dialect, allowed_float_layers=allowed, input_shape=shape, num_classes=logits.shape[1]
+        )
+        found += [finding for finding in checks.findings if finding.severity != "info"]
+    return found
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_no_check_finds_anything_in_the_graph_of_a_family(name, tmp_path):
+    model = create_model(name, num_classes=10, channels=3)
+    assert findings_of(model, tmp_path, side=NETWORKS[name]) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"residuals": False}, {"pools": False}, {"commuting_pools": False}, {"first_layer": False, "last_layer": False},
+     {"skip_layers": ("block1.conv2",)}],
+    ids=str,
+)  # fmt: skip
+def test_what_a_user_leaves_in_float_is_no_fault(options, tmp_path):
+    assert findings_of(small_resnet(), tmp_path, side=16, **options) == []
+
+
+def test_what_cannot_be_traced_stays_in_float_without_a_finding(tmp_path):
+    assert findings_of(Untraceable().eval(), tmp_path, side=16) == []
