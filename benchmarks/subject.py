@@ -31,7 +31,7 @@ from ptq.histogram import Histograms
 from ptq.images import network_input
 from ptq.onnx_graph import write_candidate
 from ptq.preparation import PreparedModel, equalize_model, prepare_model, write_template
-from ptq.store import library_versions
+from ptq.source_digests import library_versions
 
 
 def arguments(description: str) -> argparse.ArgumentParser:

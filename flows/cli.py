@@ -9,6 +9,8 @@ import json
 import logging
 import os
 import sys
+import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -60,6 +62,10 @@ Crop = Annotated[
 ]
 Mean = Annotated[list[float] | None, typer.Option(help="Mean per channel, in units of [0, 1]; repeat per channel.")]
 Std = Annotated[list[float] | None, typer.Option(help="Standard deviation per channel; repeat per channel.")]
+
+PublishedModel = Annotated[str, typer.Argument(help="Name under which it was published.", show_default=False)]
+StoreUri = Annotated[str, typer.Option("--store", help="Store of artifacts: a folder, file:// or s3:// URI.")]
+DEFAULT_STORE = "file://.ptq/store"
 
 
 class Terminal:
@@ -200,8 +206,8 @@ def quantize(
         str | None, typer.Argument(help="An FP32 classifier as .onnx, or the checkpoint.", show_default=False)
     ] = None,
     model: Annotated[str | None, typer.Option(help="Torchvision classifier, or package.module:factory.")] = None,
-    checkpoint: Annotated[str | None, typer.Option(help="File with the FP32 weights, or an ONNX file.")] = None,
-    data: Annotated[str | None, typer.Option(help="Image folder or manifest (.csv, .parquet).")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="FP32 weights or an ONNX file; a path or s3://...")] = None,
+    data: Annotated[str | None, typer.Option(help="Image folder or manifest; a path or s3://...")] = None,
     method: Annotated[
         list[str] | None, typer.Option(help="max, percentile, mse or entropy; repeat for several.")
     ] = None,
@@ -284,6 +290,8 @@ def _show_verdict(verdict: Verdict, folder: Path, as_json: bool) -> None:
     console = _console()
     for table in tables_of_verdict(verdict):
         console.print(_rich_table(table))
+    for flag in verdict.red_flags:
+        console.print(flag, style="bold red", markup=False)
     word = "Accepted" if verdict.gate.accepted else "Rejected"
     console.print(f"{word}: {' '.join(verdict.gate.reasons)}", markup=False)
     console.print(f"Report: {folder / 'report.html'}", markup=False)
@@ -301,7 +309,7 @@ def _rich_table(table: Any) -> RichTable:
 
 @app.command()
 def train(
-    data: Annotated[str | None, typer.Option(help="Image folder or manifest.")] = None,
+    data: Annotated[str | None, typer.Option(help="Image folder or manifest; a path or s3://...")] = None,
     model: Annotated[str | None, typer.Option(help="Torchvision classifier, or package.module:factory.")] = None,
     output: Annotated[str | None, typer.Option(help="File that receives the weights.")] = None,
     checkpoint: Annotated[str | None, typer.Option(help="Weights to start from.")] = None,
@@ -375,7 +383,7 @@ def demo(
 @app.command()
 def evaluate(
     model: Annotated[Path, typer.Argument(help="A checkpoint or an ONNX file.")],
-    data: Annotated[str, typer.Option(help="Image folder or manifest.")],
+    data: Annotated[str, typer.Option(help="Image folder or manifest; a path or s3://...")],
     split: Annotated[str, typer.Option(help="Split to evaluate.")] = "test",
     name: Annotated[str, typer.Option("--model", help="Network of a checkpoint.")] = "resnet50",
     engine: Annotated[str, typer.Option(help="auto, openvino, tensorrt or onnxruntime.")] = "auto",
@@ -520,6 +528,61 @@ def view(
 
     netron.start(str(model), address=("127.0.0.1", port), browse=browse)
     netron.wait()
+
+
+@app.command()
+def history(model: PublishedModel, store: StoreUri = DEFAULT_STORE, as_json: Json = False) -> None:
+    """List the published versions of a model, oldest first, and what made each of them."""
+    from ptq.retention import open_store, read_history
+    from ptq.terminal import tables_of_history
+
+    entries = read_history(open_store(store), model)
+    if as_json:
+        _print_json({"model": model, "versions": entries})
+        return
+    for table in tables_of_history(model, entries):
+        _console().print(_rich_table(table))
+
+
+@app.command()
+def restore(
+    model: PublishedModel,
+    version: Annotated[str, typer.Argument(help="Version, or the beginning of it.")],
+    store: StoreUri = DEFAULT_STORE,
+    as_json: Json = False,
+) -> None:
+    """Publish an earlier version of a model again."""
+    from ptq.records import to_jsonable
+    from ptq.retention import open_store, restore_version
+
+    found = restore_version(open_store(store), model, version, now=datetime.now(UTC))
+    if as_json:
+        _print_json(to_jsonable(found))
+    elif found.replaced == found.version:
+        _console().print(f"{model} {found.version} is the latest version already.", markup=False)
+    else:
+        _console().print(f"Published {model} {found.version} again, replacing {found.replaced}.", markup=False)
+
+
+@app.command()
+def gc(
+    store: StoreUri = DEFAULT_STORE,
+    keep_days: Annotated[float, typer.Option(help="Days for which the stages of a run are kept.")] = 30.0,
+    delete: Annotated[bool, typer.Option("--delete", help="Remove; otherwise only say what would be.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove what no published version and no recent run needs; a dry run unless told to delete."""
+    from ptq.records import to_jsonable
+    from ptq.retention import collect_garbage, open_store
+    from ptq.terminal import table_of_collection
+
+    found = collect_garbage(open_store(store), keep_days=keep_days, now=time.time(), delete=delete)
+    if as_json:
+        _print_json(to_jsonable(found))
+        return
+    _console().print(_rich_table(table_of_collection(found)))
+    if found.is_dry_run:
+        _console().print("Nothing was removed. To remove it, run again with --delete.", markup=False)
 
 
 if __name__ == "__main__":

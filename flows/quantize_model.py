@@ -9,7 +9,7 @@ from prefect import flow, runtime, unmapped
 from prefect.logging import get_run_logger
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from ptq.config import Dialect, Precision, PtqConfig
+from ptq.config import Dialect, EngineConfig, Precision, PtqConfig
 from ptq.records import (
     AmaxRecord,
     ArtifactRef,
@@ -48,6 +48,7 @@ class _Setting:
     config: PtqConfig
     run: RunContext
     identity: EngineIdentity
+    engine: EngineConfig
     dialects: tuple[Dialect, ...]
     precisions: Sequence[Precision]
     data: DataRecord
@@ -75,7 +76,9 @@ def quantize_model(config: PtqConfig) -> RunResult:
     check_destinations(config)
     identity = resolve_engine(config.engine)
     precisions = list_precisions(config.engine, identity)
+    engine = config.engine.model_copy(update={"name": identity.name})
     data_config, preprocessing, calibration = config.data, config.data.preprocessing, config.calibration
+    normalization = preprocessing.normalization
     dialects = config.quantization.dialects_for(identity.name)
 
     data = index_images(
@@ -85,34 +88,43 @@ def quantize_model(config: PtqConfig) -> RunResult:
     has_selection = any(split.split == data_config.selection_split for split in data.splits)
     selection_split = data_config.selection_split if has_selection else data_config.test_split
     splits = tuple(dict.fromkeys((selection_split, data_config.test_split)))
-    loaded = replace_modules(config.model, data, config.quantization, input_shape=_input_shape(config), run=run)
+    loaded = replace_modules(
+        config.model, config.quantization.placement, class_names=data.class_names,
+        has_named_classes=data.has_named_classes, input_shape=_input_shape(config), run=run,
+    )  # fmt: skip
     draws = draw_calibration_images(
-        data, calibration, preprocessing, split=data_config.calibration_split, evaluated_splits=splits, run=run
-    )
+        data, preprocessing.decoding, images=calibration.images, trials=calibration.trials, seed=calibration.seed,
+        is_ordered=calibration.tolerance_percent > 0, split=data_config.calibration_split, evaluated_splits=splits,
+        run=run,
+    )  # fmt: skip
     model = _equalized(config, loaded, loaded, draws, run)
-    images = {split: prepare_split(data, split, preprocessing, run=run) for split in splits}
+    images = {split: prepare_split(data, split, preprocessing.decoding, run=run) for split in splits}
 
     statistics = collect_statistics(
-        model, draws, preprocessing, bins=calibration.bins, stopping=calibration.stopping_rule(dialects[0]),
+        model, draws, normalization, bins=calibration.bins, stopping=calibration.stopping_rule(dialects[0]),
         threads=config.engine.threads, device="cuda" if identity.name == "tensorrt" else "", run=run,
     )  # fmt: skip
     draws = statistics.draws
     template = export_qdq(model, weight_method=config.quantization.weight_method, run=run)
     biases = [
-        correct_biases(statistics, model, template, trial, run=run) if config.quantization.bias_correction else None
+        correct_biases(statistics.channel_means, model, template, trial, run=run)
+        if config.quantization.bias_correction
+        else None
         for trial in range(calibration.trials)
     ]
     pairs = [(trial, method) for method in calibration.labelled_methods for trial in range(calibration.trials)]
     tables = compute_amax.map(
-        unmapped(statistics), unmapped(model), [trial for trial, _ in pairs], [method for _, method in pairs],
-        [biases[trial] for trial, _ in pairs], dialect=dialects[0], run=unmapped(run),
+        unmapped(statistics.histograms), unmapped(model), [trial for trial, _ in pairs],
+        [method for _, method in pairs], [biases[trial] for trial, _ in pairs], dialect=dialects[0], run=unmapped(run),
     ).result()  # fmt: skip
 
-    baseline = evaluate_baseline(model, images, preprocessing, engine=config.engine, identity=identity, run=run)
+    baseline = evaluate_baseline(
+        model.fp32_onnx, images, normalization, engine=_float_engine(engine), identity=identity, run=run
+    )  # fmt: skip
     distinct = {table.identity: table for table in reversed(tables)}
     candidates = evaluate.map(
         unmapped(model), unmapped(template), list(reversed(distinct.values())), unmapped(baseline), unmapped(images),
-        unmapped(preprocessing), engine=unmapped(config.engine), identity=unmapped(identity), dialect=dialects[0],
+        unmapped(normalization), engine=unmapped(engine), identity=unmapped(identity), dialect=dialects[0],
         run=unmapped(run),
     ).result()  # fmt: skip
     selection = select_candidate(
@@ -120,18 +132,14 @@ def quantize_model(config: PtqConfig) -> RunResult:
     )
 
     setting = _Setting(
-        config, run, identity, dialects, precisions, data, loaded, draws, images, selection_split, model.fp32_onnx,
-        baseline,
+        config, run, identity, engine, dialects, precisions, data, loaded, draws, images, selection_split,
+        model.fp32_onnx, baseline,
     )  # fmt: skip
     findings = _judge(setting, model, template, tables, candidates, selection)
     if is_worth_trying(findings, config.fallback, config.gate):
         findings = _fall_back(setting, findings)
     if findings.decision.accepted:
-        publication = publish(
-            findings.model, findings.graphs[0], findings.selection, name=config.model.published_name,
-            config_sha256=digest(config), run=run,
-        )  # fmt: skip
-        findings = replace(findings, publication=publication)
+        findings = replace(findings, publication=publish(findings, config, run=run))
     return write_report(config, findings, run=run)
 
 
@@ -140,7 +148,13 @@ def _equalized(
 ) -> ModelRecord:
     if not config.quantization.equalization:
         return model
-    return equalize_channels(model, reference, draws, config.data.preprocessing, threads=config.engine.threads, run=run)
+    normalization, threads = config.data.preprocessing.normalization, config.engine.threads
+    return equalize_channels(model, reference, draws, normalization, threads=threads, run=run)
+
+
+def _float_engine(engine: EngineConfig) -> EngineConfig:
+    """The engine for a float graph, to which the remainder of INT8 graphs means nothing."""
+    return engine.model_copy(update={"float_remainder": "fp32"})
 
 
 def _input_shape(config: PtqConfig) -> tuple[int, int, int]:
@@ -168,7 +182,8 @@ def _judge(
     engines = [
         build_engine(
             graphs[0].onnx if precision == "int8" else setting.fp32_onnx, precision, batch_size,
-            threads=threads, float_remainder=remainder, identity=setting.identity, run=run,
+            threads=threads, float_remainder=remainder if precision == "int8" else "fp32", identity=setting.identity,
+            run=run,
         )
         for batch_size in config.benchmark.batch_sizes
         for precision in setting.precisions
@@ -201,35 +216,41 @@ def _fall_back(setting: _Setting, first: RunFindings) -> RunFindings:
 def _attempts(setting: _Setting, first: RunFindings) -> Iterator[tuple[Attempt, RunFindings]]:
     """Yield each configured attempt with its findings, in order: method per layer, layers left in float, QAT."""
     config, run, draws, fallback = setting.config, setting.run, setting.draws, setting.config.fallback
-    preprocessing, threads, dialect = config.data.preprocessing, config.engine.threads, setting.dialects[0]
+    normalization, threads, dialect = (
+        config.data.preprocessing.normalization,
+        config.engine.threads,
+        setting.dialects[0],
+    )
     of_trial = [table for table in first.tables if table.trial == first.selection.trial]
     best = next(table for table in of_trial if table.method == first.selection.method)
     if fallback.per_layer_method:
         chosen = choose_methods(
-            first.model, of_trial, draws, preprocessing, images=fallback.images, dialect=dialect,
+            first.model, of_trial, draws, normalization, images=fallback.images, dialect=dialect,
             weight_method=config.quantization.weight_method, threads=threads, run=run,
         )  # fmt: skip
         yield _attempt(setting, first, first.model, chosen.amax, kind="per_layer_method", what=chosen.what)
     if fallback.float_layers:
         ranking = rank_layers(
-            first.model, best, draws, preprocessing, images=fallback.images, limit=fallback.float_layers,
+            first.model, best, draws, normalization, images=fallback.images, limit=fallback.float_layers,
             dialect=dialect, weight_method=config.quantization.weight_method, threads=threads, run=run,
         )  # fmt: skip
         for group in ranking.groups:
             skipped = (*config.quantization.skip_layers, *group.layers)
             quantization = config.quantization.model_copy(update={"skip_layers": skipped})
             model = replace_modules(
-                config.model, setting.data, quantization, input_shape=first.model.input_shape, run=run
-            )
+                config.model, quantization.placement, class_names=setting.data.class_names,
+                has_named_classes=setting.data.has_named_classes, input_shape=first.model.input_shape, run=run,
+            )  # fmt: skip
             model = _equalized(config, model, setting.loaded, draws, run)
             amax = carry_amax(
-                first.model, model, best, draws, config.calibration, preprocessing, label=f"float{len(group.layers)}",
-                dialect=dialect, threads=threads, run=run,
+                first.model, model, best, draws, normalization, method=config.calibration.labelled(best.method),
+                bins=config.calibration.bins, label=f"float{len(group.layers)}", dialect=dialect, threads=threads,
+                run=run,
             )  # fmt: skip
             yield _attempt(setting, first, model, amax, kind="float_layers", what=group.what)
     if fallback.qat_epochs:
         tuned = fine_tune(
-            first.model, best, draws, preprocessing, epochs=fallback.qat_epochs,
+            first.model, best, draws, normalization, epochs=fallback.qat_epochs,
             learning_rate=fallback.qat_learning_rate, seed=config.calibration.seed, dialect=dialect, threads=threads,
             run=run,
         )  # fmt: skip
@@ -247,7 +268,8 @@ def _attempt(
     weight_method = "max" if kind == "qat" else config.quantization.weight_method
     template = export_qdq(model, weight_method=weight_method, run=run)
     evaluation = evaluate(
-        model, template, amax, setting.baseline, setting.images, config.data.preprocessing, engine=config.engine,
+        model, template, amax, setting.baseline, setting.images, config.data.preprocessing.normalization,
+        engine=setting.engine,
         identity=setting.identity, dialect=setting.dialects[0], run=run,
     )  # fmt: skip
     selection = select_candidate(

@@ -18,14 +18,14 @@ def train_model(config: TrainingConfig, store: str, threads: int = 0) -> Trainin
     1. index and decode images   2. train   3. write the checkpoint
     """
     run = RunContext(store_uri=store, run_id=runtime.flow_run.name)
-    splits = config.data
+    splits, decoding = config.data, config.data.preprocessing.decoding
     data = index_images(
         splits.path, calibration_split=splits.calibration_split, selection_split=splits.selection_split,
         test_split=splits.test_split, run=run,
     )  # fmt: skip
-    train = prepare_split(data, splits.calibration_split, splits.preprocessing, run=run)
+    train = prepare_split(data, splits.calibration_split, decoding, run=run)
     has_held_out = any(split.split == splits.selection_split for split in data.splits)
-    held_out = prepare_split(data, splits.selection_split, splits.preprocessing, run=run) if has_held_out else None
+    held_out = prepare_split(data, splits.selection_split, decoding, run=run) if has_held_out else None
     trained = train_classifier(config, data, train, held_out, threads=threads, run=run)
     deliver_checkpoint(trained, str(Path(config.output)), run=run)
     return trained

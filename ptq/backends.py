@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +19,17 @@ from typing import Protocol
 
 from ptq.errors import ArtifactError
 
-_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._=-]*(/[A-Za-z0-9._=-]+)*$")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]*(/[A-Za-z0-9._=-]+)*")
 _FOLDERS = ("objects", "stages", "models", "runs", "inputs", "damaged", "tmp")
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A kept name: its size, when it was written (seconds since the epoch), and a tag that changes with its content."""
+    """A kept name: its size, and when it was written (seconds since the epoch)."""
 
     name: str
     size_bytes: int
     modified_at: float
-    tag: str
 
 
 class Backend(Protocol):
@@ -62,7 +61,7 @@ class Backend(Protocol):
         ...
 
     def read(self, name: str) -> tuple[bytes, str]:
-        """Returns bytes and tag; FileNotFoundError if nothing is kept under `name`."""
+        """Returns the bytes and a tag that changes with them; FileNotFoundError if nothing is kept under `name`."""
         ...
 
     def fetch(self, name: str, target: Path) -> str:
@@ -100,7 +99,7 @@ def require_name(name: str) -> str:
     Raises:
         ArtifactError: it has other characters than letters, digits and `._=-/`, or a part that is `.` or `..`.
     """
-    if not _NAME.match(name) or any(part in (".", "..") for part in name.split("/")):
+    if not _NAME.fullmatch(name) or any(part in (".", "..") for part in name.split("/")):
         raise ArtifactError(
             f"The name {name[:120]!r} cannot be kept in a store. Expected parts of letters, digits, '.', '_', '=' and "
             "'-' with '/' between them, none of them '.' or '..'. Something outside the pipeline has written it."
@@ -154,7 +153,7 @@ class LocalFolder:
             status = path.stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
-        return Entry(name, status.st_size, status.st_mtime, f"{status.st_ino}.{status.st_mtime_ns}")
+        return Entry(name, status.st_size, status.st_mtime)
 
     def entries(self, prefix: str) -> Iterator[Entry]:
         """Yields what is kept under a prefix; see `Backend`."""
@@ -170,32 +169,32 @@ class LocalFolder:
 
     def read(self, name: str) -> tuple[bytes, str]:
         """Returns bytes and tag; see `Backend`."""
-        path = self.local_path(name)
-        with path.open("rb") as stream:
-            status = os.fstat(stream.fileno())
-            return stream.read(), f"{status.st_ino}.{status.st_mtime_ns}"
+        with disk_errors(self.root):
+            data = self.local_path(name).read_bytes()
+        return data, hashlib.sha256(data).hexdigest()
 
     def fetch(self, name: str, target: Path) -> str:
         """Copies a file; see `Backend`."""
-        shutil.copyfile(self.local_path(name), target)
+        with disk_errors(self.root):
+            shutil.copyfile(self.local_path(name), target)
         with target.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
 
     def write(self, name: str, data: bytes) -> None:
         """Writes beside the folder's files and renames; see `Backend`."""
-        with self._written(name) as temporary:
+        with self._written() as temporary:
             _write_synced(temporary, data)
             temporary.replace(self._made_target(name))
 
     def write_file(self, name: str, path: Path) -> None:
         """Copies beside the folder's files and renames; see `Backend`."""
-        with self._written(name) as temporary:
+        with self._written() as temporary:
             shutil.copyfile(path, temporary)
             temporary.replace(self._made_target(name))
 
     def create(self, name: str, data: bytes) -> bool:
         """Links the written file to its name, which fails where there is one; see `Backend`."""
-        with self._written(name) as temporary:
+        with self._written() as temporary:
             _write_synced(temporary, data)
             try:
                 os.link(temporary, self._made_target(name))
@@ -208,11 +207,12 @@ class LocalFolder:
         target = self._made_target(name)
         with (target.parent / f".{target.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            entry = self.entry(name)
-            if entry is None or entry.tag != tag:
-                return False
-            self.write(name, data)
-            return True
+            # The content, not inode and time: those come again when two files follow each other within a clock tick.
+            with contextlib.suppress(FileNotFoundError):
+                if self.read(name)[1] == tag:
+                    self.write(name, data)
+                    return True
+            return False
 
     def move(self, name: str, target: str) -> None:
         """Renames a file; see `Backend`."""
@@ -230,9 +230,10 @@ class LocalFolder:
         return target
 
     @contextlib.contextmanager
-    def _written(self, name: str) -> Iterator[Path]:
+    def _written(self) -> Iterator[Path]:
         """A file that is gone afterwards unless it was renamed; what the disk refuses is an ArtifactError."""
-        temporary = self.root / "tmp" / f"{os.getpid()}.{time.monotonic_ns()}.{abs(hash(name)) % 10**8}"
+        # Unique among machines that share the folder, too.
+        temporary = self.root / "tmp" / uuid.uuid4().hex
         with disk_errors(self.root):
             try:
                 yield temporary
@@ -256,6 +257,6 @@ def disk_errors(root: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise ArtifactError(
-            f"The store {root} cannot be written: {error.strerror}. Expected free space and write permission; nothing "
-            "partial was left."
+            f"The folder {root} cannot be used: {error.strerror}. Expected free space, and permission to read and "
+            "write. Nothing partial was left; mend it and run again."
         ) from error

@@ -15,11 +15,23 @@ import numpy as np
 import psutil
 
 from ptq.config import Precision
-from ptq.engines import int8_share, open_engine
-from ptq.engines.interface import Engine, Runner
-from ptq.latency import TimedCalls, interleave, latency_warnings, measure_interleaved, summarize
+from ptq.engines import int8_share, open_engine, trtexec
+from ptq.engines.interface import Engine, Runner, SeparatesTransfers
+from ptq.latency import (
+    TimedCalls,
+    end_to_end,
+    interleave,
+    latency_warnings,
+    measure_interleaved,
+    red_flags,
+    summarize,
+    transfer_warnings,
+)
 from ptq.onnx_graph import summarize_onnx
-from ptq.records import BenchmarkRecord, EngineRecord, Int8Share, Measurement
+from ptq.records import BenchmarkRecord, EndToEnd, EngineRecord, Int8Share, Measurement
+
+COMPUTE_ONLY = "compute alone, in a CUDA graph; with transfers measured apart"
+ONE_MODE = "compute of a call on the CPU, where nothing is transferred"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +71,11 @@ def measure_engines(
     identity = engines[0].record.engine
     engine = open_engine(identity.name, threads=threads)
     measurements: list[Measurement] = []
+    transfers: list[EndToEnd] = []
     for batch_size in sorted({item.record.batch_size for item in engines}):
         images = np.random.default_rng(0).standard_normal((batch_size, *input_shape)).astype(np.float32)
         timed: dict[Precision, TimedCalls] = {}
-        runners: list[Runner] = []
+        runners: dict[Precision, Runner] = {}
         for item in engines:
             if item.record.batch_size != batch_size:
                 continue
@@ -72,23 +85,52 @@ def measure_engines(
                 batch_size=batch_size,
                 float_remainder=float_remainder,
             )
-            runners.append(runner)
+            runners[item.record.precision] = runner
             timed[item.record.precision] = _timed(runner, images)
         try:
             measurements += measure_interleaved(
                 timed, batch_size=batch_size, rounds=rounds, warmup_ms=warmup_ms, duration_s=duration_s,
                 min_iterations=min_iterations,
             )  # fmt: skip
+            transfers += [
+                _with_transfers(runner, precision, images, warmup_ms=warmup_ms, iterations=max(min_iterations, 10))
+                for precision, runner in runners.items()
+                if isinstance(runner, SeparatesTransfers)
+            ]
         finally:
-            for runner in runners:
+            for runner in runners.values():
                 runner.close()
+    shares = {item.record.batch_size: item.record.int8 for item in engines if item.record.precision == "int8"}
+    checks = trtexec.cross_checks(
+        [(item.blob, found) for item in engines if (found := _measured(item, measurements)) is not None],
+        version=identity.version, warmup_ms=warmup_ms, duration_s=duration_s,
+    ) if identity.name == "tensorrt" else ()  # fmt: skip
     return BenchmarkRecord(
         engine=identity,
         machine=machine_description(),
         clock_mhz=_clock_mhz(),
         measurements=tuple(measurements),
-        warnings=tuple(latency_warnings(measurements)),
-    )
+        warnings=(*latency_warnings(measurements), *transfer_warnings(transfers), *trtexec.disagreements(checks)),
+        red_flags=red_flags(measurements, shares),
+        mode=COMPUTE_ONLY if transfers else ONE_MODE,
+        end_to_end=tuple(transfers),
+        cross_checks=checks,
+    )  # fmt: skip
+
+
+def _measured(item: LoadedEngine, measurements: Sequence[Measurement]) -> Measurement | None:
+    wanted = (item.record.precision, item.record.batch_size)
+    return next((found for found in measurements if (found.precision, found.batch_size) == wanted), None)
+
+
+def _with_transfers(
+    runner: SeparatesTransfers, precision: Precision, images: np.ndarray, *, warmup_ms: float, iterations: int
+) -> EndToEnd:
+    found = runner.timed_transfers(images, warmup_ms=warmup_ms, iterations=iterations)
+    return end_to_end(
+        precision, len(images), upload_ms=found.upload_ms, compute_ms=found.compute_ms,
+        download_ms=found.download_ms, enqueue_ms=found.enqueue_ms, elapsed_s=found.elapsed_s,
+    )  # fmt: skip
 
 
 def _timed(runner: Runner, images: np.ndarray) -> TimedCalls:

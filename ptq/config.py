@@ -33,6 +33,22 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Decoding(_Section):
+    """The part of the preprocessing that makes pixels of a file. See `PreprocessingConfig`."""
+
+    channels: Literal[1, 3]
+    resize: int
+    crop: int
+    interpolation: Literal["nearest", "bilinear", "bicubic"]
+
+
+class Normalization(_Section):
+    """The part of the preprocessing that makes the network's input of pixels. See `PreprocessingConfig`."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
 class PreprocessingConfig(_Section):
     """How a file becomes the network's input. The defaults are those of torchvision's ImageNet weights."""
 
@@ -63,12 +79,27 @@ class PreprocessingConfig(_Section):
             raise ValueError(f"std must be positive, got {list(self.std)}")
         return self
 
+    @property
+    def decoding(self) -> Decoding:
+        """What prepared images depend on."""
+        return Decoding(
+            channels=self.channels, resize=self.resize, crop=self.crop, interpolation=self.interpolation
+        )  # fmt: skip
+
+    @property
+    def normalization(self) -> Normalization:
+        """What is done to prepared images whenever they are used."""
+        return Normalization(mean=self.mean, std=self.std)
+
 
 class DataConfig(_Section):
     """Which images are used, and for what."""
 
     path: str = Field(
-        description="An image folder with one folder per split and in it one per class, or a manifest (.csv, .parquet)."
+        description=(
+            "An image folder with one folder per split and in it one per class, or a manifest (.csv, .parquet); local, "
+            "or in S3 as s3://bucket/prefix or s3://bucket/manifest.csv."
+        )
     )
     calibration_split: str = Field("train", description="Split from which calibration images are drawn.")
     selection_split: str = Field("val", description="Split on which the best candidate is chosen.")
@@ -94,7 +125,10 @@ class ModelConfig(_Section):
         ),
     )
     checkpoint: str = Field(
-        description="File with the FP32 weights: .pth, .pt or .safetensors; or an FP32 classifier as .onnx."
+        description=(
+            "File with the FP32 weights: .pth, .pt or .safetensors; or an FP32 classifier as .onnx; local, or in S3 as "
+            "s3://bucket/key."
+        )
     )
     publish_as: str = Field(
         "",
@@ -151,6 +185,12 @@ class QuantizationConfig(_Section):
     dialects: tuple[Dialect, ...] = Field(
         (), description="Dialects of the Q/DQ graph to write; empty: the one of the engine."
     )
+
+    @property
+    def placement(self) -> "QuantizationConfig":
+        """The same quantizers, with every field at its default that has no say in where they go."""
+        elsewhere = {"weight_method", "equalization", "bias_correction", "dialects"}
+        return QuantizationConfig(**self.model_dump(exclude=elsewhere))
 
     def dialects_for(self, engine: str) -> tuple[Dialect, ...]:
         """Returns the dialects to write, the evaluated one first: the engine's own where it is asked for."""

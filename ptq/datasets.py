@@ -1,24 +1,26 @@
 """Which images are there, which are drawn for calibration, and what are their pixels?
 
 Indexes an image folder or a manifest, draws stratified trials, and decodes files through `images`. Every file
-is identified by the SHA-256 of its bytes. Nothing here normalises pixels or runs a network.
+is identified by the SHA-256 of its bytes; where it lies, here or in S3, is for `image_trees`. Nothing here
+normalises pixels or runs a network.
 """
 
 import hashlib
 import io
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import polars as pl
 
-from ptq.config import PreprocessingConfig
+from ptq.config import Decoding, PreprocessingConfig
 from ptq.errors import CalibrationError, ManifestError
+from ptq.image_trees import ImageTree, tree_at
 from ptq.images import decode_image
+from ptq.inputs import Inputs, is_remote
 from ptq.records import SplitCount
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
@@ -53,7 +55,7 @@ class ImageIndex:
     """
 
     table: pl.DataFrame
-    root: Path
+    root: Path | str
     class_names: tuple[str, ...]
     has_named_classes: bool
     splits: tuple[SplitCount, ...]
@@ -88,14 +90,20 @@ class _Listing:
     """Images and their labels before any file is read; `table` has path, label and split."""
 
     table: pl.DataFrame
-    root: Path
+    tree: ImageTree
     class_names: tuple[str, ...]
     has_named_classes: bool
     warnings: tuple[str, ...]
 
 
 def index_images(
-    path: str, *, calibration_split: str, selection_split: str, test_split: str, progress: Progress | None = None
+    path: str,
+    *,
+    calibration_split: str,
+    selection_split: str,
+    test_split: str,
+    progress: Progress | None = None,
+    inputs: Inputs | None = None,
 ) -> ImageIndex:
     """Index the named splits of an image folder or a manifest, reading each file once for its digest.
 
@@ -104,27 +112,27 @@ def index_images(
 
     Args:
         path: a folder with one folder per split and in it one per class, or a .csv or .parquet file with the
-            columns path (relative to the file), label and split.
+            columns path (relative to the file), label and split; or the s3:// URI of either.
         calibration_split: must exist.
         selection_split: may be absent; the index then has no rows of it.
         test_split: must exist.
         progress: called with the number of files read and the number of all files.
+        inputs: reads what is in S3, each object once while it is not touched; None for the user's cache alone.
 
     Raises:
         ManifestError: there is nothing at `path`, or what is there cannot be used as given.
     """
-    source = Path(path)
     splits = _Splits(calibration_split, selection_split, test_split)
-    listing = _list_manifest(source, splits) if _is_manifest(source) else _list_folder(source, splits)
+    listing = _list_remote(path, splits, inputs or Inputs()) if is_remote(path) else _list_local(Path(path), splits)
     table = listing.table.sort("split", "path")
-    digests, sizes = _digests_of_files(listing.root, table["path"].to_list(), progress=progress)
+    digests, sizes = listing.tree.digests(table["path"].to_list(), progress=progress)
     table = table.with_columns(
         pl.Series("sha256", digests, dtype=pl.String), pl.Series("size_bytes", sizes, dtype=pl.Int64)
     )
     leaks = table.filter(pl.col("split").n_unique().over("sha256") > 1)
     return ImageIndex(
         table=table,
-        root=listing.root,
+        root=listing.tree.root,
         class_names=listing.class_names,
         has_named_classes=listing.has_named_classes,
         splits=tuple(_count_split(table, name, classes=len(listing.class_names)) for name in _present(table, splits)),
@@ -134,7 +142,7 @@ def index_images(
 
 
 def listing_fingerprint(path: str) -> str:
-    """Return a SHA-256 over name, size and modification time of every file at `path`, reading no image.
+    """Return a SHA-256 over name, size and modification time of every local file at `path`, reading no image.
 
     The same fingerprint means that the data was not touched, so an index of it still holds. The bytes of a
     manifest count as well.
@@ -147,10 +155,10 @@ def listing_fingerprint(path: str) -> str:
     if _is_manifest(source):
         state.update(source.read_bytes())
         root = source.parent
-        names: list[str] = sorted(_read_manifest(source)["path"].drop_nulls().unique().to_list())
+        names: list[str] = sorted(_read_manifest(source, str(source))["path"].drop_nulls().unique().to_list())
     else:
         root = source
-        names = sorted(_files_under(source))
+        names = sorted(tree_at(source).files(""))
     for name in names:
         try:
             status = (root / name).stat()
@@ -159,6 +167,11 @@ def listing_fingerprint(path: str) -> str:
         else:
             state.update(json.dumps([name, status.st_size, status.st_mtime_ns]).encode())
     return state.hexdigest()
+
+
+def index_fingerprint(index: ImageIndex) -> str:
+    """Return a SHA-256 over path, label, split and digest of every image of an index."""
+    return hashlib.sha256(json.dumps([index.class_names, *index.table.rows()]).encode()).hexdigest()
 
 
 def parquet_from_index(index: ImageIndex) -> bytes:
@@ -192,18 +205,20 @@ def decode_rows(
     rows: Sequence[ImageRow],
     *,
     root: str,
-    preprocessing: PreprocessingConfig,
+    preprocessing: PreprocessingConfig | Decoding,
     progress: Progress | None = None,
     workers: int = 0,
+    inputs: Inputs | None = None,
 ) -> np.ndarray:
     """Read, verify and decode the images of `rows`.
 
     Args:
         rows: the images, in the order of the result.
-        root: the folder their paths are relative to.
+        root: the folder, or the s3:// URI, their paths are relative to.
         preprocessing: how each is resized and cropped.
         progress: called with the number of images decoded and the number of all.
-        workers: threads; 0 for one per core.
+        workers: threads; 0 for one per core, and for more where most of the time is waiting for a server.
+        inputs: reads what is in S3; None for the user's cache alone.
 
     Returns:
         Pixels, uint8 (n, h, w, c).
@@ -212,11 +227,12 @@ def decode_rows(
         ManifestError: a file is gone, damaged, or no longer the one that was indexed.
     """
     side = preprocessing.crop
+    tree = tree_at(root, inputs)
     pixels = np.empty((len(rows), side, side, preprocessing.channels), dtype=np.uint8)
 
     def decode(position: int) -> None:
         row = rows[position]
-        data = _read(Path(root), row.path)
+        data = tree.read(row.path, row.sha256)
         found = hashlib.sha256(data).hexdigest()
         if found != row.sha256:
             raise ManifestError(
@@ -225,7 +241,7 @@ def decode_rows(
             )
         pixels[position] = decode_image(data, preprocessing=preprocessing, source=row.path)
 
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(workers or tree.readers) as pool:
         for done, _ in enumerate(pool.map(decode, range(len(rows))), start=1):
             if progress:
                 progress(done, len(rows))
@@ -416,7 +432,33 @@ def _is_manifest(source: Path) -> bool:
     return True
 
 
-def _check_splits(available: Sequence[str], splits: _Splits, *, source: Path) -> None:
+def _list_local(source: Path, splits: _Splits) -> _Listing:
+    if _is_manifest(source):
+        return _list_manifest(source, str(source), tree_at(source.parent), splits)
+    return _list_folder(tree_at(source), splits)
+
+
+def _list_remote(path: str, splits: _Splits, inputs: Inputs) -> _Listing:
+    """The images at an s3:// URI: a manifest by its ending, else a prefix."""
+    if PurePosixPath(path).suffix.lower() not in MANIFEST_ENDINGS:
+        tree = tree_at(path, inputs)
+        if not tree.folders():
+            raise ManifestError(
+                f"data.path is {path}; there are no folders with images under it. Expected a prefix with one folder "
+                "per split, or a manifest (.csv or .parquet). Check the URI and AWS_ENDPOINT_URL_S3."
+            )
+        return _list_folder(tree, splits)
+    try:
+        manifest = inputs.local_path(path)
+    except FileNotFoundError as error:
+        raise ManifestError(
+            f"data.path is {path}; there is no such object, or no such bucket. Expected a manifest, or a prefix with "
+            "one folder per split. Check the URI and AWS_ENDPOINT_URL_S3."
+        ) from error
+    return _list_manifest(manifest, path, tree_at(path.rpartition("/")[0], inputs), splits)
+
+
+def _check_splits(available: Sequence[str], splits: _Splits, *, source: str) -> None:
     for option, name in (("data.calibration_split", splits.calibration), ("data.test_split", splits.test)):
         if name not in available:
             there = f"has the splits {_quoted(available)}" if available else "has no splits"
@@ -425,15 +467,15 @@ def _check_splits(available: Sequence[str], splits: _Splits, *, source: Path) ->
             )
 
 
-def _list_folder(root: Path, splits: _Splits) -> _Listing:
-    available = _folders_in(root)
-    _check_splits(available, splits, source=root)
+def _list_folder(tree: ImageTree, splits: _Splits) -> _Listing:
+    available = tree.folders()
+    _check_splits(available, splits, source=str(tree))
     names = [name for name in splits.names if name in available]
-    classes = {name: _folders_in(root / name) for name in {*names, TRAINING_SPLIT} if name in available}
+    classes = {name: tree.folders(name) for name in {*names, TRAINING_SPLIT} if name in available}
     for name in names:
         if not classes[name]:
             raise ManifestError(
-                f"Split folder {root / name} holds no class folders, so there are no images. Expected one folder per "
+                f"Split folder {tree}/{name} holds no class folders, so there are no images. Expected one folder per "
                 f"class, such as {name}/cat/1.jpg."
             )
     reference = TRAINING_SPLIT if classes.get(TRAINING_SPLIT) else splits.calibration
@@ -443,12 +485,12 @@ def _list_folder(root: Path, splits: _Splits) -> _Listing:
     for split in names:
         for name in classes[split]:
             _check_class_known(name, class_names, split=split, reference=reference)
-            files = sorted(f"{split}/{name}/{file}" for file in _files_under(root / split / name))
+            files = sorted(f"{split}/{name}/{file}" for file in tree.files(f"{split}/{name}"))
             images = [file for file in files if file.lower().endswith(IMAGE_ENDINGS)]
             others = [file for file in files if not file.lower().endswith(IMAGE_ENDINGS)]
             if not images:
                 raise ManifestError(
-                    f"Class folder {root / split / name} holds no image, only {len(others)} other files. Expected at "
+                    f"Class folder {tree}/{split}/{name} holds no image, only {len(others)} other files. Expected at "
                     f"least one file that ends in {', '.join(IMAGE_ENDINGS)}; add images or remove the folder."
                 )
             ignored += others
@@ -459,11 +501,12 @@ def _list_folder(root: Path, splits: _Splits) -> _Listing:
     if ignored:
         warnings = (f"{len(ignored)} files that do not end like images were left out: {_some(ignored)}.",)
     table = pl.DataFrame(found, schema={"path": pl.String, "label": pl.Int64, "split": pl.String})
-    return _Listing(table, root, class_names, True, warnings)
+    return _Listing(table, tree, class_names, True, warnings)
 
 
-def _list_manifest(source: Path, splits: _Splits) -> _Listing:
-    rows = _read_manifest(source)
+def _list_manifest(file: Path, source: str, tree: ImageTree, splits: _Splits) -> _Listing:
+    """The images in the manifest `file`, which people know as `source`."""
+    rows = _read_manifest(file, source)
     available = rows["split"].drop_nulls().unique().sort().to_list()
     _check_splits(available, splits, source=source)
     used = rows.filter(pl.col("split").is_in(splits.names))
@@ -474,7 +517,7 @@ def _list_manifest(source: Path, splits: _Splits) -> _Listing:
                 f"Manifest {source} has {empty.height} rows without a {column}, the first is row {empty['row'][0]} "
                 f'(split "{empty["split"][0]}"). Expected a {column} in every row; fill it in or remove the rows.'
             )
-    _check_manifest_paths(source, used["path"])
+    _check_manifest_paths(source, tree, used["path"])
     class_names, is_named = _manifest_classes(source, rows, splits)
     if is_named:
         reference = TRAINING_SPLIT if TRAINING_SPLIT in available else splits.calibration
@@ -483,7 +526,7 @@ def _list_manifest(source: Path, splits: _Splits) -> _Listing:
         label = pl.col("label").replace_strict(list(class_names), list(range(len(class_names))), return_dtype=pl.Int64)
     else:
         label = pl.col("label").str.to_integer()
-    normalised = [PurePosixPath(path).as_posix() for path in used["path"]]
+    normalised = [path if is_remote(path) else PurePosixPath(path).as_posix() for path in used["path"]]
     table = used.select(pl.Series("path", normalised, dtype=pl.String), label.cast(pl.Int64), "split").unique()
     contradictions = table.filter(pl.col("label").n_unique().over("path") > 1)
     if not contradictions.is_empty():
@@ -495,14 +538,14 @@ def _list_manifest(source: Path, splits: _Splits) -> _Listing:
     warnings: tuple[str, ...] = ()
     if table.height < used.height:
         warnings = (f"{used.height - table.height} rows of {source} repeat another row and were left out.",)
-    return _Listing(table, source.parent, class_names, is_named, warnings)
+    return _Listing(table, tree, class_names, is_named, warnings)
 
 
-def _read_manifest(source: Path) -> pl.DataFrame:
+def _read_manifest(file: Path, source: str) -> pl.DataFrame:
     """The columns path, label and split as text, and the row counted from 1."""
     try:
-        is_csv = source.suffix.lower() == ".csv"
-        rows = pl.read_csv(source, infer_schema=False) if is_csv else pl.read_parquet(source)
+        is_csv = source.lower().endswith(".csv")
+        rows = pl.read_csv(file, infer_schema=False) if is_csv else pl.read_parquet(file)
     except pl.exceptions.NoDataError:
         rows = pl.DataFrame()
     except (pl.exceptions.PolarsError, OSError) as error:
@@ -523,26 +566,22 @@ def _read_manifest(source: Path) -> pl.DataFrame:
     return rows.select(pl.col(column).cast(pl.String) for column in MANIFEST_COLUMNS).with_row_index("row", offset=1)
 
 
-def _check_manifest_paths(source: Path, paths: pl.Series) -> None:
+def _check_manifest_paths(source: str, tree: ImageTree, paths: pl.Series) -> None:
     for path in paths:
-        if (
-            PurePosixPath(path).is_absolute()
-            or PureWindowsPath(path).is_absolute()
-            or ".." in PurePosixPath(path).parts
-        ):
+        if tree.leads_out(path):
             raise ManifestError(
-                f'Manifest {source} names "{path}", which leads out of {source.parent}. Expected paths relative to the '
+                f'Manifest {source} names "{path}", which leads out of {tree}. Expected paths relative to the '
                 "manifest, without ..; move the manifest to a folder above the images."
             )
-    absent = [path for path in paths if not (source.parent / path).is_file()]
+    absent = tree.absent(paths.to_list())
     if absent:
         raise ManifestError(
             f"Manifest {source} names {len(absent)} files that are not there, of {len(paths)}: {_some(absent)}. "
-            f"Expected them under {source.parent}; correct the paths or remove the rows."
+            f"Expected them under {tree}; correct the paths or remove the rows."
         )
 
 
-def _manifest_classes(source: Path, rows: pl.DataFrame, splits: _Splits) -> tuple[tuple[str, ...], bool]:
+def _manifest_classes(source: str, rows: pl.DataFrame, splits: _Splits) -> tuple[tuple[str, ...], bool]:
     """The class names, and whether the labels are names rather than indices."""
     labels = rows["label"].drop_nulls()
     fractions = labels.filter(labels.str.contains(r"^-?\d+\.\d*$"))
@@ -572,32 +611,6 @@ def _check_class_known(name: str, class_names: Sequence[str], *, split: str, ref
             f'Class "{name}" of split "{split}" is not in split "{reference}", which has {_some(class_names)}. '
             f'Expected every class in "{reference}"; add images of it there or remove it from "{split}".'
         )
-
-
-def _digests_of_files(root: Path, paths: Sequence[str], *, progress: Progress | None) -> tuple[list[str], list[int]]:
-    """SHA-256 and size of every file; hashing and reading release the interpreter's lock."""
-
-    def digest(path: str) -> tuple[str, int]:
-        data = _read(root, path)
-        return hashlib.sha256(data).hexdigest(), len(data)
-
-    found = []
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for result in pool.map(digest, paths):
-            found.append(result)
-            if progress:
-                progress(len(found), len(paths))
-    return [sha256 for sha256, _ in found], [size for _, size in found]
-
-
-def _read(root: Path, path: str) -> bytes:
-    try:
-        return (root / path).read_bytes()
-    except OSError as error:
-        raise ManifestError(
-            f"Image {path} under {root} cannot be read: {error.strerror}. Restore the file or its permissions, or "
-            "remove it from the data."
-        ) from error
 
 
 def _count_split(table: pl.DataFrame, split: str, *, classes: int) -> SplitCount:
@@ -633,18 +646,6 @@ def _absent_class_warnings(listing: _Listing, splits: _Splits) -> tuple[str, ...
         if absent:
             warnings.append(f'Split "{split}" has no image of {len(absent)} classes: {_some(absent)}.')
     return tuple(warnings)
-
-
-def _folders_in(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _files_under(folder: Path) -> Iterator[str]:
-    """Paths relative to `folder`, with /, of all files at any depth that are not hidden."""
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        inside = Path(parent).relative_to(folder)
-        yield from ((inside / name).as_posix() for name in files if not name.startswith("."))
 
 
 def _quoted(names: Sequence[str]) -> str:

@@ -32,7 +32,8 @@ from ptq.report import (
     results_table,
     verdict_sentence,
 )
-from ptq.store import Store, library_versions
+from ptq.source_digests import library_versions, package_digest
+from ptq.store import Store
 from ptq.verdict import (
     Verdict,
     VerdictBaseline,
@@ -118,6 +119,7 @@ def compose_verdict(
             )
             for measured in findings.benchmark.measurements
         ),
+        red_flags=findings.benchmark.red_flags,
         int8=VerdictInt8(
             conv_int8_input_percent=int8.int8_input_percent,
             conv_int8_output_percent=int8.int8_output_percent,
@@ -225,6 +227,43 @@ def _tuned_weights(findings: RunFindings) -> dict[str, ArtifactRef]:
     """The weights that an accepted QAT has changed, by file name: a checkpoint of the same network."""
     is_tuned = any(attempt.kind == "qat" and attempt.decision.accepted for attempt in findings.attempts)
     return {"weights_qat.safetensors": findings.model.weights} if is_tuned else {}
+
+
+def lineage(store: Store, config: PtqConfig, findings: RunFindings, *, run_id: str) -> dict[str, Any]:
+    """Returns what a published version is and what made it: checkpoint, data, config, code and libraries.
+
+    `objects` are what the version consists of and what its lineage is told from; they are kept as long as the history.
+    """
+    graph, comparison = findings.graphs[0], findings.selection.comparison
+    test = findings.selection.test_split
+    objects = {graph_file_name(findings, index): each.onnx for index, each in enumerate(findings.graphs)}
+    objects |= {
+        "model_fp32.onnx": findings.model.fp32_onnx,
+        "amax.json": findings.selection.table,
+        "images.parquet": findings.data.table,
+        "calibration_images.json": findings.draws.prepared.sha256_of_files,
+        "config.json": store.put_bytes(config.model_dump_json().encode(), "config.json"),
+        **_tuned_weights(findings),
+    }
+    return {
+        "run_id": run_id,
+        "onnx_sha256": graph.onnx.sha256,
+        "onnx_size_bytes": graph.onnx.size_bytes,
+        "dialect": graph.dialect,
+        "network": findings.model.name,
+        "checkpoint_sha256": findings.model.checkpoint_sha256,
+        "data_sha256": findings.data.table.sha256,
+        "config_sha256": digest(config),
+        "code_sha256": package_digest(),
+        "versions": {"python": platform.python_version(), **library_versions()},
+        "method": findings.selection.method,
+        "trial": findings.selection.trial,
+        "fp32_top1_percent": findings.baseline.on(test).top1_percent,
+        "top1_percent": _evaluation_of(findings, findings.selection.candidate).on(test).top1_percent,
+        "drop_pp": comparison.drop_pp,
+        "test_images": comparison.images,
+        "objects": to_jsonable(objects),
+    }
 
 
 def graph_file_name(findings: RunFindings, index: int) -> str:

@@ -5,6 +5,7 @@ project's own. `CHECKS` at the end is the whole list: identifier, severity, the 
 to do. How nodes hang together is the work of `graph_walk.py`. Nothing is repaired here, and no accuracy is measured.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,7 @@ _SCALE_RATIO = 1e4
 _SATURATED_SHARE = 0.01
 _RATIO_BOUNDS = (0.3, 3.0)
 _RATIO_SHARE = 0.9
+_NODES_LISTED = 5
 _INTEGER_OPERATORS = frozenset({"ConvInteger", "MatMulInteger", "DynamicQuantizeLinear", "DynamicQuantizeMatMul"})
 
 
@@ -83,17 +85,27 @@ class _Subject:
         return any(name == allowed or name.startswith(f"{allowed}.") for name in names for allowed in self.allowed)
 
 
+Severity = Literal["error", "warning", "info"]
 _Found = Iterator[tuple[Node | None, str]]
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One rule. `find` yields the node at fault, None for the whole graph, and what was found there."""
+    """One rule. `find` yields the node at fault, None for the whole graph, and what was found there.
+
+    `on_cpu` is the severity in the cpu dialect, where engines run what TensorRT refuses or runs slowly; None where it
+    is the same.
+    """
 
     identifier: str
-    severity: Literal["error", "warning", "info"]
+    severity: Severity
     find: Callable[[_Subject], _Found]
     remedy: str
+    on_cpu: Severity | None = None
+
+    def severity_in(self, dialect: Dialect) -> Severity:
+        """Returns how serious a finding is in a dialect."""
+        return self.on_cpu if dialect == "cpu" and self.on_cpu is not None else self.severity
 
 
 def check_graph(
@@ -124,8 +136,9 @@ def check_graph(
         subject = _subject(path, dialect, frozenset(allowed_float_layers), input_shape, num_classes)
         chosen = CHECKS if subject.graph.quantizes or subject.graph.dequantizes else FILE_CHECKS
         findings = [
-            GraphFinding(check.identifier, check.severity, "" if node is None else label(node), message, check.remedy)
+            GraphFinding(check.identifier, severity, "" if node is None else label(node), message, check.remedy)
             for check in chosen
+            for severity in (check.severity_in(subject.dialect),)
             for node, message in check.find(subject)
         ]
     return GraphChecks(path.name, tuple(check.identifier for check in chosen), tuple(findings))
@@ -356,7 +369,8 @@ def _metadata_values(subject: _Subject) -> tuple[set[str], bool]:
     """Which of our keys the file has, with or without prefix, and whether the file is ours."""
     keys = {entry.key for entry in subject.model.metadata_props}
     present = {key for key in METADATA_KEYS if key in keys or f"ptq.{key}" in keys}
-    return present, any(key.startswith("ptq.") for key in keys)
+    # A float export of ours names its checkpoint too, and another maker's quantizer keeps that entry.
+    return present, any(f"ptq.{key}" in keys for key in METADATA_KEYS if key != "checkpoint_sha256")
 
 
 def _metadata_absent(subject: _Subject) -> _Found:
@@ -540,7 +554,7 @@ def _living_scales(subject: _Subject) -> Iterator[tuple[Node, np.ndarray]]:
 
 def _scale_tiny(subject: _Subject) -> _Found:
     for node, scale in _living_scales(subject):
-        if scale.min() < _SCALE_TINY:
+        if scale.min() < _SCALE_TINY and not _is_quantized_bias(subject, node):
             yield node, f"The smallest scale is {scale.min():.3g}, below {_SCALE_TINY:g}."
 
 
@@ -587,6 +601,7 @@ def _uint8_never_negative(subject: _Subject) -> _Found:
             values is None
             or values.dtype != np.uint8
             or subject.dialect != "cpu"
+            or values.any()  # with another zero point uint8 reaches below zero; `zero-point-zero` reports it
             or not subject.graph.is_activation(node)
         ):
             continue
@@ -602,8 +617,32 @@ def _uint8_never_negative(subject: _Subject) -> _Found:
 def _activation_per_tensor(subject: _Subject) -> _Found:
     for node in subject.graph.quantizes:
         scale = scale_of(node)
-        if scale is not None and scale.size != 1 and subject.graph.is_activation(node):
+        if scale is None or scale.size == 1 or not subject.graph.is_activation(node):
+            continue
+        if not _feeds_depthwise_alone(subject, node):
             yield node, f"This activation has {scale.size} scales; expected one."
+
+
+def _feeds_depthwise_alone(subject: _Subject, node: Node) -> bool:
+    """Whether CPU engines can take one scale per channel here: each reader convolves every channel by itself."""
+    if subject.dialect != "cpu":
+        return False
+    layers = {id(layer.node): layer for layer in subject.graph.layers}
+    pairs = [reader for tensor in node.outputs for reader in tensor.outputs]
+    readers = [reader for pair in pairs for tensor in pair.outputs for reader in tensor.outputs]
+    channels = scale.size if (scale := scale_of(node)) is not None else 0
+    return bool(readers) and all(
+        id(reader) in layers and reader.op == "Conv" and reader.attrs.get("group", 1) == channels for reader in readers
+    )
+
+
+def _activation_depthwise(subject: _Subject) -> _Found:
+    for node in subject.graph.quantizes:
+        scale = scale_of(node)
+        if scale is None or scale.size == 1 or not subject.graph.is_activation(node):
+            continue
+        if _feeds_depthwise_alone(subject, node):
+            yield node, f"This input of a depthwise convolution has {scale.size} scales; TensorRT expects one."
 
 
 def _weight_scales(subject: _Subject) -> Iterator[tuple[Weight, np.ndarray]]:
@@ -664,7 +703,8 @@ def _misfit(weight: Weight, step: np.ndarray, ratios: np.ndarray) -> str:
     rival = None if weight.axis is None or step.size == 1 else better_axis(weight.values, step, weight.axis)
     if rival is not None:
         return f"The scales follow the channels of axis {rival}; the output channels are axis {weight.axis}."
-    if ratios.size and np.mean((ratios >= low) & (ratios <= high)) < _RATIO_SHARE:
+    # Of stored integers the file does not say what they were scaled from; they may use part of the codes by choice.
+    if weight.quantize is not None and ratios.size and np.mean((ratios >= low) & (ratios <= high)) < _RATIO_SHARE:
         return (
             f"max|w| / (127 * scale) runs from {ratios.min():.3g} to {ratios.max():.3g}; "
             f"expected {low:g} to {high:g} for {100 * _RATIO_SHARE:.0f} % of the channels."
@@ -700,7 +740,8 @@ def _weight_channel_zero(subject: _Subject) -> _Found:
     for weight in subject.graph.weight_quantizers().values():
         dead = np.zeros(1) if weight.axis is None else _dead_channels(weight.values, weight.axis)
         if dead.any():
-            yield weight.node, f"{int(dead.sum())} of {dead.size} output channels have only zeros as weights."
+            what = "zeros as weights" if weight.quantize is not None else "the code 0: dead, or lost to a coarse scale"
+            yield weight.node, f"{int(dead.sum())} of {dead.size} output channels have only {what}."
 
 
 def _weight_prequantized(subject: _Subject) -> _Found:
@@ -777,11 +818,13 @@ def _average_pool(subject: _Subject) -> _Found:
 
 
 def _float_nodes(subject: _Subject) -> _Found:
-    found = subject.graph.float_nodes()
+    found = [node for node in subject.graph.float_nodes() if not _computes_on_integers(node)]
     if found:
-        listed = ", ".join(f"{label(node)} ({node.op})" for node in found[:20])
-        more = f", and {len(found) - 20} more" if len(found) > 20 else ""
-        yield None, f"{len(found)} nodes compute in float, in FP32 under a strongly typed TensorRT: {listed}{more}."
+        kinds = Counter(node.op for node in found).most_common()
+        counted = ", ".join(f"{count} {kind}" for kind, count in kinds)
+        listed = ", ".join(label(node) for node in found[:_NODES_LISTED])
+        more = f" and {len(found) - _NODES_LISTED} more" if len(found) > _NODES_LISTED else ""
+        yield None, f"{len(found)} nodes compute in float ({counted}): {listed}{more}."
 
 
 def _float_islands(subject: _Subject) -> _Found:
@@ -814,8 +857,8 @@ QDQ_CHECKS: tuple[Check, ...] = (
     Check("metadata-complete", "warning", _metadata_complete, "Write the file with `ptq quantize`."),
     Check("layer-quantized", "error", _layer_quantized, "Quantize both inputs, or name it in skip_layers."),
     Check("layer-coverage", "info", _coverage, "Nothing needs to be done."),
-    Check("bias-float", "error", _bias_float, "Keep the bias in float; the engine quantizes it."),
-    Check("output-float", "error", _output_float, "Remove the Q/DQ pair before the output."),
+    Check("bias-float", "error", _bias_float, "Keep the bias in float; the engine quantizes it.", "warning"),
+    Check("output-float", "error", _output_float, "Remove the Q/DQ pair before the output.", "warning"),
     Check("softmax-float", "error", _softmax_float, "Remove the Q/DQ pair beside the softmax."),
     Check("q-feeds-dq", "error", _q_feeds_dq, "Put a DQ between this Q and every reader."),
     Check("dq-source", "error", _dq_source, "Put the Q of the same scale right before it."),
@@ -829,10 +872,13 @@ QDQ_CHECKS: tuple[Check, ...] = (
     Check("qdq-scale-tiny", "warning", _scale_tiny, "Leave the layer in float, or look for a dead channel or layer."),
     Check("qdq-scale-ratio", "warning", _scale_ratio, "Equalize the channels, or leave the layer in float."),
     Check("zero-point-present", "error", _zero_point_present, "Add a zero point of 0 with the type of the dialect."),
-    Check("zero-point-zero", "error", _zero_point_zero, "Quantize symmetrically."),
+    Check("zero-point-zero", "error", _zero_point_zero, "Quantize symmetrically.", "warning"),
     Check("zero-point-type", "error", _zero_point_type, "Write the file in the dialect of the engine."),
-    Check("uint8-never-negative", "error", _uint8_never_negative, "Use int8 for this tensor."),
+    Check(
+        "uint8-never-negative", "error", _uint8_never_negative, "Use int8, or keep the ReLU where the Q stands for it."
+    ),
     Check("activation-per-tensor", "error", _activation_per_tensor, "Give it one scale."),
+    Check("activation-depthwise", "warning", _activation_depthwise, "Give it one scale to run the file on TensorRT."),
     Check("weight-per-channel", "warning", _weight_per_channel, "Scale the weight per output channel."),
     Check("weight-axis", "error", _weight_axis, "Set the axis of the Q and the DQ to the output channels."),
     Check("weight-scale-count", "error", _weight_scale_count, "Give each output channel one scale."),
@@ -843,14 +889,25 @@ QDQ_CHECKS: tuple[Check, ...] = (
         "Compute the scales from this weight.",
     ),
     Check("weight-saturation", "warning", _weight_saturation, "Choose larger weight scales; max never saturates."),
-    Check("weight-channel-zero", "warning", _weight_channel_zero, "Prune the channels, or look at the training."),
+    Check(
+        "weight-channel-zero",
+        "warning",
+        _weight_channel_zero,
+        "Prune the channels, or look at the training; scale per channel.",
+    ),
     Check(
         "weight-prequantized",
         "warning",
         _weight_prequantized,
         "Keep float weights and a Q for TensorRT 8.6.",
     ),
-    Check("residual-add", "error", _residual_add, "Quantize the identity or downsample branch, and that one alone."),
+    Check(
+        "residual-add",
+        "error",
+        _residual_add,
+        "Quantize the identity or downsample branch, and that one alone.",
+        "warning",
+    ),
     Check("tensor-one-scale", "error", _tensor_one_scale, "Share one quantizer among all readers of the tensor."),
     Check("tensor-one-quantizer", "info", _tensor_one_quantizer, "Share the pair; engines merge them as well."),
     Check("concat-scales", "warning", _concat_scales, "Give all operands the largest of their scales."),

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from ptq.config import PreprocessingConfig
+from ptq.config import Decoding, PreprocessingConfig
 from ptq.errors import ManifestError
 
 _FILTERS = {
@@ -36,7 +36,7 @@ _DECODING_ERRORS = (
 )
 
 
-def decode_image(data: bytes, *, preprocessing: PreprocessingConfig, source: str) -> np.ndarray:
+def decode_image(data: bytes, *, preprocessing: PreprocessingConfig | Decoding, source: str) -> np.ndarray:
     """Decode the bytes of an image file, resize its shorter side and keep the centred square.
 
     Args:

@@ -12,13 +12,16 @@ from typing import TypeVar
 import numpy as np
 
 from ptq.config import Precision
-from ptq.records import Measurement
+from ptq.records import EndToEnd, Int8Share, Measurement
 
 Key = TypeVar("Key", bound=Hashable)
 TimedCalls = Callable[[float, float, int], tuple[list[float], float]]
 
 # trtexec warns of unstable clocks above this coefficient of variation of the compute time.
 UNSTABLE_PERCENT = 2.5
+# trtexec calls a run host-bound where enqueueing takes more than this share of the compute time.
+HOST_BOUND_SHARE = 0.8
+NAMES_IN_A_SENTENCE = 10
 
 
 def percentile_ms(samples: Sequence[float], percent: float) -> float:
@@ -169,30 +172,116 @@ def interleave(
 
 
 def latency_warnings(measurements: Sequence[Measurement]) -> tuple[str, ...]:
-    """Returns what a reader must know of the measurements: one sentence or two each, none if all is well.
-
-    Unstable latencies come first, then each batch size at which INT8's median is not below that of the best float
-    precision.
-    """
-    unstable = [
+    """Returns a sentence for every measurement whose coefficient of variation is above `UNSTABLE_PERCENT`."""
+    return tuple(
         f"{_title(measurement)} is unstable: the coefficient of variation of its latency is {variation:.1f} %, more "
         f"than {UNSTABLE_PERCENT} %. Compare medians, and run nothing else on the machine."
         for measurement in measurements
         if (variation := coefficient_of_variation(measurement.samples_ms)) > UNSTABLE_PERCENT
-    ]
-    not_faster = []
+    )
+
+
+def red_flags(measurements: Sequence[Measurement], shares: Mapping[int, Int8Share]) -> tuple[str, ...]:
+    """Returns a sentence for each batch size at which INT8's median is not below that of the best float precision.
+
+    Args:
+        measurements: every precision and batch size measured.
+        shares: by batch size, what the INT8 engine ran; the sentence names its float layers and its reformats.
+    """
+    flags = []
     for int8 in measurements:
         floats = [other for other in measurements if other.precision != "int8" and other.batch_size == int8.batch_size]
         if int8.precision != "int8" or not floats:
             continue
         best = min(floats, key=lambda measurement: measurement.median_ms)
         if int8.median_ms >= best.median_ms:
-            not_faster.append(
+            flags.append(
                 f"{_title(int8)} is not faster than the best float precision: its median is {int8.median_ms:.3f} ms, "
-                f"and {best.precision.upper()}'s is {best.median_ms:.3f} ms. Look at the float layers and the "
-                "reformats of the INT8 engine."
+                f"and {best.precision.upper()}'s is {best.median_ms:.3f} ms. {_at_fault(shares.get(int8.batch_size))}"
             )
-    return (*unstable, *not_faster)
+    return tuple(flags)
+
+
+def _at_fault(share: Int8Share | None) -> str:
+    """What kept the INT8 engine from being fast, by name."""
+    if share is None or share.layers == 0:
+        return "The engine does not say which layers ran in INT8."
+    parts = [
+        f"{len(share.float_layers)} of {share.layers} convolutions and linear layers ran in float"
+        f"{_named(share.float_layers)}",
+        f"the engine converts between types {share.reformats} times{_named(share.reformat_layers)}",
+    ]
+    return f"{'; '.join(parts)}."
+
+
+def _named(names: Sequence[str]) -> str:
+    more = len(names) - NAMES_IN_A_SENTENCE
+    listed = ", ".join(names[:NAMES_IN_A_SENTENCE])
+    return f" ({listed}{f' and {more} more' if more > 0 else ''})" if names else ""
+
+
+def end_to_end(
+    precision: Precision,
+    batch_size: int,
+    *,
+    upload_ms: Sequence[float],
+    compute_ms: Sequence[float],
+    download_ms: Sequence[float],
+    enqueue_ms: Sequence[float],
+    elapsed_s: float,
+) -> EndToEnd:
+    """Returns the summary of inferences with their transfers; latency is upload + compute + download, as in trtexec.
+
+    Args:
+        precision: what was run.
+        batch_size: images per inference.
+        upload_ms: copies to the device, one per inference, in ms.
+        compute_ms: the device's work, in ms.
+        download_ms: copies back, in ms.
+        enqueue_ms: the host's time to hand an inference over, in ms.
+        elapsed_s: time that all inferences took together, in s, positive.
+
+    Raises:
+        ValueError: there is no sample, or the sequences differ in length.
+
+    >>> found = end_to_end(
+    ...     "int8", 2, upload_ms=[1.0], compute_ms=[2.0], download_ms=[0.5], enqueue_ms=[0.1], elapsed_s=0.004
+    ... )
+    >>> found.median_ms, found.throughput_images_per_s
+    (3.5, 500.0)
+    """
+    samples = tuple(math.fsum(parts) for parts in zip(upload_ms, compute_ms, download_ms, strict=True))
+    return EndToEnd(
+        precision=precision,
+        batch_size=batch_size,
+        samples_ms=samples,
+        median_ms=median_ms(samples),
+        p99_ms=percentile_ms(samples, 99),
+        throughput_images_per_s=batch_size * len(samples) / elapsed_s,
+        upload_median_ms=median_ms(upload_ms),
+        compute_median_ms=median_ms(compute_ms),
+        download_median_ms=median_ms(download_ms),
+        enqueue_median_ms=median_ms(enqueue_ms),
+    )
+
+
+def transfer_warnings(found: Sequence[EndToEnd]) -> tuple[str, ...]:
+    """Returns trtexec's warnings: the host enqueues too slowly, or the upload takes as long as the compute."""
+    sentences = []
+    for item in found:
+        title = f"{item.precision.upper()} at batch size {item.batch_size}"
+        if item.enqueue_median_ms > HOST_BOUND_SHARE * item.compute_median_ms:
+            sentences.append(
+                f"{title} is bound by the host: enqueueing takes {item.enqueue_median_ms:.3f} ms, more than "
+                f"{HOST_BOUND_SHARE} of the {item.compute_median_ms:.3f} ms of compute. Its compute-only latency is "
+                "that of a CUDA graph; without one it is higher. Use a CUDA graph, or a larger batch."
+            )
+        if item.upload_median_ms >= item.compute_median_ms:
+            sentences.append(
+                f"{title} is bound by transfers: the upload takes {item.upload_median_ms:.3f} ms, and the compute "
+                f"{item.compute_median_ms:.3f} ms. Send uint8 pixels, or overlap the upload with the batch before."
+            )
+    return tuple(sentences)
 
 
 def _sorted(samples: Sequence[float]) -> list[float]:

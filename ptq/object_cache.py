@@ -8,7 +8,8 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 from ptq.backends import disk_errors
@@ -17,6 +18,7 @@ from ptq.errors import ArtifactError, UsageError
 DEFAULT_GIB = 20.0
 # A path that was handed out may be opened a little later.
 _KEPT_S = 3600.0
+_TEMPORARY = ".fetched-"
 
 
 def file_digest(path: Path) -> str:
@@ -54,14 +56,21 @@ class ObjectCache:
     def __init__(self, root: Path, *, limit_bytes: int) -> None:
         self.root = root
         self._limit_bytes = limit_bytes
+        # Looking through the folder for every object would cost more than fetching many small ones.
+        self._unchecked_bytes = limit_bytes
         with disk_errors(root):
             root.mkdir(parents=True, exist_ok=True)
 
     def find(self, sha256: str) -> Path | None:
-        """Returns the verified file of an object, None if it is not there; a damaged file is removed."""
+        """Returns the verified file of an object, None if it is not there; a damaged file is removed.
+
+        Raises:
+            ArtifactError: the file cannot be read, or is a symbolic link.
+        """
         path = self._path(sha256)
         try:
-            found = file_digest(path)
+            with disk_errors(self.root):
+                found = file_digest(path)
         except FileNotFoundError:
             return None
         if found != sha256:
@@ -71,23 +80,35 @@ class ObjectCache:
             os.utime(path)
         return path
 
-    @contextlib.contextmanager
-    def written(self, sha256: str) -> Iterator[Path]:
-        """Yields a temporary file that takes the object's place afterwards; gone if the block raises.
+    def add(self, sha256: str, fetch: Callable[[Path], str]) -> tuple[Path | None, str]:
+        """Keeps what `fetch` writes, if it is the object.
+
+        Args:
+            sha256: the object's digest.
+            fetch: writes a file and returns the SHA-256 of what it wrote.
+
+        Returns:
+            The kept file, None where the digest was another one; and that digest.
 
         Raises:
             ArtifactError: the disk is full or may not be written.
         """
-        temporary = self.root / f".{sha256[:16]}.{os.getpid()}.{time.monotonic_ns()}"
+        temporary = self.root / f"{_TEMPORARY}{uuid.uuid4().hex}"
+        target = self._path(sha256)
         try:
             with disk_errors(self.root):
-                yield temporary
-                target = self._path(sha256)
+                found = fetch(temporary)
+                if found != sha256:
+                    return None, found
                 target.parent.mkdir(exist_ok=True)
+                self._unchecked_bytes += temporary.stat().st_size
                 temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
-        self._shrink()
+        if self._unchecked_bytes > self._limit_bytes // 64:
+            self._unchecked_bytes = 0
+            self._shrink()
+        return target, found
 
     def _path(self, sha256: str) -> Path:
         path = self.root / sha256[:2] / sha256
@@ -96,7 +117,11 @@ class ObjectCache:
         return path
 
     def _shrink(self) -> None:
-        """Removes what was used longest ago, until the limit is kept."""
+        """Removes what was used longest ago, until the limit is kept, and what killed processes left."""
+        for path in self.root.glob(f"{_TEMPORARY}*"):
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime < time.time() - _KEPT_S:
+                    path.unlink()
         files = []
         for path in self.root.glob("??/*"):
             with contextlib.suppress(FileNotFoundError):

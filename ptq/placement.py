@@ -124,6 +124,8 @@ def place_quantizers(
     if residuals:
         for add in adds:
             requests.ask(identity_operand(module, add), add)
+    for concats in dense_blocks(module):
+        requests.ask_for_block(concats)
     return PlacementPlan(
         quantizers=(*requests.specs(), *weights),
         quantized_layers=tuple(quantized),
@@ -272,6 +274,22 @@ def _ends_in_convolution(module: fx.GraphModule, node: fx.Node) -> bool:
     return not isinstance(module.get_submodule(str(node.target)), nn.Linear)
 
 
+def dense_blocks(module: fx.GraphModule) -> list[list[fx.Node]]:
+    """Returns the concats that read each other's operands, block by block, the one that reads all of them last.
+
+    In a DenseNet the output of every layer goes into the concats of all layers behind it.
+    """
+    blocks: list[list[fx.Node]] = []
+    for node in module.graph.nodes:
+        operands = set(node.all_input_nodes) if _is_concat(node) else set()
+        last = next((block for block in blocks if set(block[-1].all_input_nodes) < operands), None)
+        if last is not None:
+            last.append(node)
+        elif operands:
+            blocks.append([node])
+    return [block for block in blocks if len(block) > 1]
+
+
 def identity_operand(module: fx.GraphModule, add: fx.Node) -> fx.Node:
     """Returns the operand of a residual add that is quantized: the identity, or the downsample branch.
 
@@ -347,6 +365,28 @@ class _Requests:
             self._groups[tensor] = group
         if reader.name not in group.readers:
             group.readers.append(reader.name)
+
+    def ask_for_block(self, concats: list[fx.Node]) -> None:
+        """Notes that the operands of a dense block's concats are to be quantized with the scale of their last concat.
+
+        So the layers write INT8, and what is read again and again is a quarter of the size. A block of which a tensor
+        has a quantizer already is left alone.
+        """
+        operands = list(concats[-1].all_input_nodes)
+        if any(tensor in self._groups for tensor in (*operands, *concats)):
+            return
+        group = _Group(tensors=[], observed=concats[-1], readers=[concat.name for concat in concats])
+        for operand in operands:
+            tensor = operand
+            while self._commuting_pools and _is_max_pool(self._module, tensor):
+                source = _tensor_input(tensor)
+                if source in self._groups or len(source.users) != 1:
+                    break
+                group.readers.append(tensor.name)
+                tensor = source
+            group.tensors.append(tensor)
+        for tensor in group.tensors:
+            self._groups[tensor] = group
 
     def specs(self) -> Iterable[QuantizerSpec]:
         """Returns the specs in the order of the graph, with quantizers moved before operations that commute."""

@@ -302,6 +302,7 @@ class Int8Share:
     int8_output_percent: float
     reformats: int
     float_layers: tuple[str, ...]
+    reformat_layers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -433,14 +434,52 @@ class Measurement:
 
 
 @dataclass(frozen=True, slots=True)
+class EndToEnd:
+    """Latency of one precision at one batch size with its transfers, where the engine measures compute apart.
+
+    `samples_ms` are upload + compute + download of one inference at a time; throughput is over the clock of the host.
+    """
+
+    precision: Precision
+    batch_size: int
+    samples_ms: tuple[float, ...]
+    median_ms: float
+    p99_ms: float
+    throughput_images_per_s: float
+    upload_median_ms: float
+    compute_median_ms: float
+    download_median_ms: float
+    enqueue_median_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class CrossCheck:
+    """The same engine measured by trtexec: its median GPU compute time and what this project measured, in ms."""
+
+    precision: Precision
+    batch_size: int
+    trtexec_median_ms: float
+    own_median_ms: float
+    command: str
+
+
+@dataclass(frozen=True, slots=True)
 class BenchmarkRecord:
-    """Latency and throughput of every precision and batch size, measured interleaved on one machine."""
+    """Latency and throughput of every precision and batch size, measured interleaved on one machine.
+
+    `red_flags` are sentences about batch sizes at which INT8 does not pay. `mode` says what a latency covers.
+    `end_to_end` is empty where the engine measures only one thing.
+    """
 
     engine: EngineIdentity
     machine: str
     clock_mhz: float | None
     measurements: tuple[Measurement, ...]
     warnings: tuple[str, ...]
+    red_flags: tuple[str, ...] = ()
+    mode: str = ""
+    end_to_end: tuple[EndToEnd, ...] = ()
+    cross_checks: tuple[CrossCheck, ...] = ()
 
     def of(self, precision: str, batch_size: int) -> Measurement | None:
         """Returns the measurement of `precision` at `batch_size` images, None if there is none."""

@@ -734,7 +734,9 @@ def _slow_sentences(inputs: ReportInputs) -> list[str]:
                 f"{len(engine.int8.float_layers)} of {engine.int8.layers} convolutions and linear layers ran in float"
             )
             sentence += f" {count}: {names};" if names else f" {count};"
-            sentence += f" the engine converts between types {engine.int8.reformats} times."
+            converted = _first_names(engine.int8.reformat_layers)
+            sentence += f" the engine converts between types {engine.int8.reformats} times"
+            sentence += f": {converted}." if converted else "."
         sentences.append(sentence)
     return sentences
 

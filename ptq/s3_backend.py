@@ -9,42 +9,49 @@ decided in `store.py`, by their SHA-256.
 import base64
 import contextlib
 import hashlib
+import os
 import queue
 import random
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qs, urlparse
 
 import boto3
-from boto3.s3.transfer import TransferConfig
 from botocore import exceptions as faults
 from botocore.config import Config
+from botocore.parsers import ResponseParserError
 
 from ptq.backends import Entry, require_name
 from ptq.errors import ArtifactError, UsageError
 
 MEBIBYTE = 2**20
-MULTIPART_BYTES = 64 * MEBIBYTE
+# Up to here one request is faster than parts, which a server has to put together.
+MULTIPART_BYTES = 128 * MEBIBYTE
 _PART_BYTES = 16 * MEBIBYTE
+_PARTS_AT_ONCE = 4
 _CHUNK_BYTES = MEBIBYTE
-# Attempts at a request in botocore, whose waits double up to 20 s: a server that is away for half a minute is waited
-# for. Attempts at a body here.
+# Attempts at a request in botocore, whose waits double up to 20 s and share a quota of retries. Attempts at a body
+# here.
 _REQUEST_ATTEMPTS = 10
 _BODY_ATTEMPTS = 5
 _MD5 = re.compile(r"^[0-9a-f]{32}$")
 _MISSING = ("404", "NoSuchKey", "NotFound")
 _REFUSED = ("412", "PreconditionFailed", "409", "ConditionalRequestConflict")
-# What a connection that breaks within a body raises.
+_UNKNOWN = ("501", "NotImplemented")
+# What a server says of bytes that were changed on their way to it, or of an upload that it forgot because of them.
+_CHANGED = ("BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch", "InvalidPart", "NoSuchUpload", "RequestTimeout")
+# What a connection that breaks within a body raises. What breaks before is repeated by botocore.
 _BROKEN_BODY = (
     faults.IncompleteReadError,
-    faults.ReadTimeoutError,
     faults.ResponseStreamingError,
-    faults.ConnectionClosedError,
-    faults.FlexibleChecksumError,
+    # An answer in XML that ends early: botocore does not compare its length.
+    ResponseParserError,
     ConnectionError,
     TimeoutError,
 )
@@ -76,10 +83,16 @@ class S3Bucket:
 
     @property
     def has_conditions(self) -> bool:
-        """Whether the server honours conditions; asked once, by creating one object twice."""
+        """Whether the server honours conditions; asked once, by two puts that it has to refuse."""
         if self._honours_conditions is None:
             self.write(_PROBE, b"ptq")
-            self._honours_conditions = not self._create(_PROBE, b"ptq")
+            try:
+                self._honours_conditions = not (
+                    self._put_if(_PROBE, b"ptq", IfNoneMatch="*")
+                    or self._put_if(_PROBE, b"ptq", IfMatch=f'"{"0" * 32}"')
+                )
+            except _UnknownRequest:
+                self._honours_conditions = False
         return self._honours_conditions
 
     def local_path(self, name: str) -> None:
@@ -95,25 +108,27 @@ class S3Bucket:
                 if _code(error) in _MISSING:
                     return None
                 raise
-        return Entry(name, int(found["ContentLength"]), found["LastModified"].timestamp(), str(found["ETag"]))
+        return Entry(name, int(found["ContentLength"]), found["LastModified"].timestamp())
 
     def entries(self, prefix: str) -> Iterator[Entry]:
         """Yields what is kept under a prefix; see `Backend`."""
-        pages = self._client.get_paginator("list_objects_v2").paginate(
-            Bucket=self.bucket, Prefix=f"{self._prefix}{prefix}"
-        )
-        with self._translated("list", prefix):
-            for page in pages:
-                for item in page.get("Contents", []):
-                    name = str(item["Key"]).removeprefix(self._prefix)
-                    yield Entry(name, int(item["Size"]), item["LastModified"].timestamp(), str(item["ETag"]))
+        where = {"Bucket": self.bucket, "Prefix": f"{self._prefix}{prefix}"}
+        while True:
+            page = self._repeated("list", prefix, lambda: self._client.list_objects_v2(**where))
+            for item in page.get("Contents", []):
+                name = str(item["Key"]).removeprefix(self._prefix)
+                yield Entry(name, int(item["Size"]), item["LastModified"].timestamp())
+            if not page.get("IsTruncated"):
+                return
+            where["ContinuationToken"] = page["NextContinuationToken"]
 
     def read(self, name: str) -> tuple[bytes, str]:
         """Returns bytes and tag; see `Backend`."""
 
         def attempt() -> tuple[bytes, str]:
             response = self._open(name)
-            data = response["Body"].read()
+            with _slow_bodies():
+                data = response["Body"].read()
             _require_length(len(data), response)
             return data, str(response["ETag"])
 
@@ -124,7 +139,7 @@ class S3Bucket:
 
         def attempt() -> str:
             response = self._open(name)
-            with target.open("wb") as stream, _Digest() as digest:
+            with target.open("wb") as stream, _Digest() as digest, _slow_bodies():
                 for chunk in response["Body"].iter_chunks(_CHUNK_BYTES):
                     digest.update(chunk)
                     stream.write(chunk)
@@ -139,20 +154,44 @@ class S3Bucket:
 
     def write_file(self, name: str, path: Path) -> None:
         """Puts a file, in parts above `MULTIPART_BYTES`; see `Backend`."""
-        if path.stat().st_size <= MULTIPART_BYTES:
+        size = path.stat().st_size
+        if size <= MULTIPART_BYTES:
             self._put(name, path.read_bytes())
             return
-        parts = TransferConfig(multipart_threshold=MULTIPART_BYTES, multipart_chunksize=_PART_BYTES, max_concurrency=4)
-        with self._translated("write", name):
-            self._client.upload_file(
-                str(path), self.bucket, self._key(name), Config=parts, ExtraArgs={"ChecksumAlgorithm": "SHA256"}
-            )
+        self._repeated("write", name, lambda: self._put_parts(name, path, size))
         kept = self.entry(name)
-        if kept is None or kept.size_bytes != path.stat().st_size:
+        if kept is None or kept.size_bytes != size:
             raise ArtifactError(
-                f"{self.uri}/{name} has {kept.size_bytes if kept else 0} bytes after an upload of "
-                f"{path.stat().st_size}. Expected all of them. Run again; if it comes back, the server loses parts."
+                f"{self.uri}/{name} has {kept.size_bytes if kept else 0} bytes after an upload of {size}. Expected all "
+                "of them. Run again; if it comes back, the server loses parts."
             )
+
+    def _put_parts(self, name: str, path: Path, size: int) -> None:
+        """One multipart upload, each part with its MD5; what was sent of it is forgotten if a part fails."""
+        where = {"Bucket": self.bucket, "Key": self._key(name)}
+        where["UploadId"] = self._client.create_multipart_upload(**where)["UploadId"]
+        try:
+            with path.open("rb") as stream, ThreadPoolExecutor(_PARTS_AT_ONCE) as threads:
+                parts = list(
+                    threads.map(
+                        lambda number: self._put_part(where, number, stream.fileno()),
+                        range(1, -(-size // _PART_BYTES) + 1),
+                    )
+                )
+            self._client.complete_multipart_upload(**where, MultipartUpload={"Parts": parts})
+        except BaseException:
+            with contextlib.suppress(faults.ClientError, faults.BotoCoreError, ResponseParserError):
+                self._client.abort_multipart_upload(**where)
+            raise
+
+    def _put_part(self, where: dict[str, str], number: int, file: int) -> dict[str, Any]:
+        data = os.pread(file, _PART_BYTES, (number - 1) * _PART_BYTES)
+        md5 = hashlib.md5(data, usedforsecurity=False)
+        response = self._client.upload_part(
+            **where, PartNumber=number, Body=data, ContentMD5=base64.b64encode(md5.digest()).decode()
+        )
+        _require_arrived(response, md5.hexdigest())
+        return {"PartNumber": number, "ETag": response["ETag"]}
 
     def create(self, name: str, data: bytes) -> bool:
         """Puts an object on the condition that there is none; see `Backend`.
@@ -161,9 +200,6 @@ class S3Bucket:
         """
         if not self.has_conditions and self.entry(name) is not None:
             return False
-        return self._create(name, data)
-
-    def _create(self, name: str, data: bytes) -> bool:
         return self._put_if(name, data, IfNoneMatch="*")
 
     def replace(self, name: str, data: bytes, *, tag: str) -> bool:
@@ -199,17 +235,24 @@ class S3Bucket:
             raise
 
     def _put(self, name: str, data: bytes, **conditions: str) -> None:
-        """Puts bytes with their checksum, and compares the tag where it is the MD5 of what arrived."""
+        """Puts bytes with their SHA-256, and compares the tag where it is the MD5 of what arrived.
+
+        Servers that do not know the SHA-256 know the MD5. Only small bytes, which are records and not yet verified
+        by their name, are sent with both, so that no wrong record is ever there; the MD5 of a large object is
+        computed while it is sent.
+        """
+        checksum = base64.b64encode(hashlib.sha256(data).digest()).decode()
+        checked = dict(conditions)
+        if len(data) <= _CHUNK_BYTES:
+            checked["ContentMD5"] = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
 
         def attempt() -> None:
-            checksum = base64.b64encode(hashlib.sha256(data).digest()).decode()
-            response = self._client.put_object(
-                Bucket=self.bucket, Key=self._key(name), Body=data, ChecksumSHA256=checksum, **conditions
-            )
-            arrived = str(response.get("ETag", "")).strip('"')
-            is_md5 = _MD5.match(arrived) and "aws:kms" not in str(response.get("ServerSideEncryption", ""))
-            if is_md5 and arrived != hashlib.md5(data, usedforsecurity=False).hexdigest():
-                raise ConnectionError("the bytes were changed on their way to the server")
+            with _Digest("md5") as digest:
+                digest.update(data)
+                response = self._client.put_object(
+                    Bucket=self.bucket, Key=self._key(name), Body=data, ChecksumSHA256=checksum, **checked
+                )
+            _require_arrived(response, digest.hexdigest)
 
         self._repeated("write", name, attempt)
 
@@ -219,7 +262,7 @@ class S3Bucket:
         except _Refused:
             # Perhaps by our own first attempt, whose answer was lost.
             with contextlib.suppress(FileNotFoundError):
-                return "IfNoneMatch" in conditions and name != _PROBE and self.read(name)[0] == data
+                return name != _PROBE and self.read(name)[0] == data
             return False
         return True
 
@@ -243,7 +286,10 @@ class S3Bucket:
         except faults.ClientError as error:
             if _code(error) in _REFUSED:
                 raise _Refused(name) from error
-            raise self._error(doing, name, error) from error
+            if _code(error) in _UNKNOWN:
+                raise _UnknownRequest(str(self._error(doing, name, error))) from error
+            if is_last or _code(error) not in _CHANGED:
+                raise self._error(doing, name, error) from error
         except (faults.BotoCoreError, boto3.exceptions.Boto3Error) as error:
             raise self._error(doing, name, error) from error
 
@@ -253,11 +299,12 @@ class S3Bucket:
                 f"There are no credentials for {self.uri}. Expected them where boto3 looks: the variables "
                 "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or the machine's role."
             )
-        said = " ".join(str(error).split())[:300]
+        said = _without_secrets(" ".join(str(error).split())[:300])
+        endpoint = _without_secrets(self._client.meta.endpoint_url)
         return ArtifactError(
-            f"Cannot {doing} {self.uri}/{name} at {self._client.meta.endpoint_url}: {said}. Expected a server that "
-            "answers and a bucket that may be read and written. Check AWS_ENDPOINT_URL_S3, the bucket and the "
-            "permissions; a run that is started again goes on where this one stopped."
+            f"Cannot {doing} {self.uri}/{name} at {endpoint}: {said}. Expected a server that answers and a bucket that "
+            "may be read and written. Check AWS_ENDPOINT_URL_S3, the bucket and the permissions; a run that is started "
+            "again goes on where this one stopped."
         )
 
 
@@ -265,11 +312,25 @@ class _Refused(ArtifactError):
     """A condition did not hold."""
 
 
-class _Digest:
-    """SHA-256 in a thread of its own, so that it costs no time beside a transfer."""
+class _UnknownRequest(ArtifactError):
+    """The server does not know what it was asked for."""
 
-    def __init__(self) -> None:
+
+@contextlib.contextmanager
+def _slow_bodies() -> Iterator[None]:
+    """Tells a body that does not come from a request that is not answered, which botocore has repeated by then."""
+    try:
+        yield
+    except faults.ReadTimeoutError as error:
+        raise TimeoutError(str(error)) from error
+
+
+class _Digest:
+    """A digest in a thread of its own, so that it costs no time beside a transfer."""
+
+    def __init__(self, kind: str = "sha256") -> None:
         self.hexdigest = ""
+        self._kind = kind
         self._chunks: queue.Queue[bytes | None] = queue.Queue(maxsize=8)
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -285,7 +346,7 @@ class _Digest:
         self._chunks.put(chunk)
 
     def _run(self) -> None:
-        digest = hashlib.sha256()
+        digest = hashlib.new(self._kind, usedforsecurity=False)
         while (chunk := self._chunks.get()) is not None:
             digest.update(chunk)
         self.hexdigest = digest.hexdigest()
@@ -316,6 +377,25 @@ def parse_s3_uri(uri: str) -> tuple[str, str, str]:
     return parsed.netloc, f"{prefix}/" if prefix else "", addressing
 
 
+_bucket_lock = threading.Lock()
+
+
+def bucket_at(uri: str) -> S3Bucket:
+    """Returns the bucket of `uri`, the same for a process and its settings: a client takes long to make.
+
+    Raises:
+        UsageError: the URI is not of this form.
+    """
+    settings = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
+    with _bucket_lock:
+        return _bucket_of_process(uri, os.getpid(), hash(settings))
+
+
+@lru_cache(maxsize=8)
+def _bucket_of_process(uri: str, _process: int, _settings: int) -> S3Bucket:
+    return S3Bucket(uri)
+
+
 def _without_secrets(uri: str) -> str:
     return re.sub(r"//[^/@]*@", "//...@", uri)
 
@@ -327,13 +407,14 @@ def new_client(addressing: str) -> Any:
         connect_timeout=10,
         read_timeout=60,
         max_pool_connections=16,
-        s3={"addressing_style": addressing},
-        # Every put carries a SHA-256; servers that do not know the newer checksums are not bothered with them.
+        # The body's own checksum is among the signed headers; without TLS botocore would digest the body once more.
+        s3={"addressing_style": addressing, "payload_signing_enabled": False},
+        # Every put carries a checksum; servers that do not know the newer ones are not bothered with them.
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
     try:
-        return boto3.client("s3", config=config)
+        return boto3.Session().client("s3", config=config)
     except faults.BotoCoreError as error:
         raise ArtifactError(
             f"boto3 cannot make an S3 client: {error}. Expected a region and valid settings; set AWS_DEFAULT_REGION, "
@@ -343,6 +424,14 @@ def new_client(addressing: str) -> Any:
 
 def _code(error: faults.ClientError) -> str:
     return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def _require_arrived(response: dict[str, Any], md5: str) -> None:
+    """Raises ConnectionError where the answer's tag is an MD5, and another one than that of the bytes sent."""
+    arrived = str(response.get("ETag", "")).strip('"')
+    is_md5 = _MD5.match(arrived) and "aws:kms" not in str(response.get("ServerSideEncryption", ""))
+    if is_md5 and arrived != md5:
+        raise ConnectionError("the bytes were changed on their way to the server")
 
 
 def _require_length(found: int, response: dict[str, Any]) -> None:

@@ -6,18 +6,17 @@ key. Nothing here knows what an object means. Where the bytes lie is the busines
 """
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import re
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlparse
 
 from ptq.backends import Backend, LocalFolder, disk_errors
@@ -28,12 +27,16 @@ from ptq.records import ArtifactRef, digest
 # Times a body is fetched, where what arrives is not what was stored.
 _FETCH_ATTEMPTS = 4
 _PUBLISH_ATTEMPTS = 100
-_HEX = re.compile(r"^[0-9a-f]{64}$")
-_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-NUMERIC_LIBRARIES = (
-    "torch", "torchvision", "numpy", "numba", "onnx", "onnx-graphsurgeon", "onnxruntime", "openvino",
-    "pytorch-quantization", "pillow",
-)  # fmt: skip
+# `ptq gc` leaves alone what was written within a day.
+_YOUNG_S = 43_200.0
+# Requests at once to a distant backend, each of which is mostly waiting.
+_AT_ONCE = 8
+_HEX = re.compile(r"[0-9a-f]{64}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_SEQUENCE = re.compile(r"([0-9]{6})[-.]")
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,31 +50,15 @@ class StageEntry:
     finished_at: float
 
 
-@cache
-def library_versions() -> dict[str, str]:
-    """Returns the installed version of every library that touches numbers, by distribution name."""
-    return {name: importlib.metadata.version(name) for name in NUMERIC_LIBRARIES}
-
-
-@cache
-def source_digest() -> str:
-    """Returns the SHA-256 of all sources of the `ptq` package, by relative name and content."""
-    root = Path(__file__).parent
-    total = hashlib.sha256()
-    for path in sorted([*root.rglob("*.py"), *root.rglob("*.j2")]):
-        total.update(f"{path.relative_to(root).as_posix()}\0".encode())
-        total.update(hashlib.sha256(path.read_bytes()).digest())
-    return total.hexdigest()
-
-
 def stage_key(stage: str, inputs: Mapping[str, Any]) -> str:
-    """Returns the key of a stage: the SHA-256 of its name, its inputs, the core's sources and the libraries' versions.
+    """Returns the key of a stage: the SHA-256 of its name and of its inputs.
 
     Args:
         stage: the stage's name.
-        inputs: everything the result depends on: records, the stage's part of the config, plain values.
+        inputs: everything the result depends on: records, the stage's part of the config, plain values, and the code
+            and the versions of the libraries that compute it.
     """
-    return digest({"stage": stage, "inputs": inputs, "sources": source_digest(), "libraries": library_versions()})
+    return digest({"stage": stage, "inputs": inputs})
 
 
 def open_store(uri: str) -> "Store":
@@ -86,13 +73,13 @@ def open_store(uri: str) -> "Store":
     parsed = urlparse(uri)
     if parsed.scheme == "s3":
         # Imported here: boto3 takes half a second, which runs on a local folder need not wait for.
-        from ptq.s3_backend import S3Bucket
+        from ptq.s3_backend import bucket_at
 
-        return Store(S3Bucket(uri))
+        return Store(bucket_at(uri))
     if parsed.scheme != "file":
         raise UsageError(
-            f"output.store is {uri!r}; expected file:///absolute/folder, file://relative/folder, a path or "
-            "s3://bucket/prefix."
+            f"output.store is {re.sub('//[^/@]*@', '//...@', uri)!r}; expected file:///absolute/folder, "
+            "file://relative/folder, a path or s3://bucket/prefix."
         )
     if parsed.fragment or parsed.query:
         raise UsageError(
@@ -125,7 +112,7 @@ class Store:
     def put_bytes(self, data: bytes, name: str) -> ArtifactRef:
         """Stores `data` and returns its reference; a known object is not written again."""
         ref = ArtifactRef(name=name, sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data))
-        if not self.has(ref):
+        if not self._was_put_lately(ref):
             self.backend.write(_object_name(ref), data)
         return ref
 
@@ -134,9 +121,15 @@ class Store:
         with path.open("rb") as stream:
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
         ref = ArtifactRef(name=name or path.name, sha256=sha256, size_bytes=path.stat().st_size)
-        if not self.has(ref):
+        if not self._was_put_lately(ref):
             self.backend.write_file(_object_name(ref), path)
         return ref
+
+    def _was_put_lately(self, ref: ArtifactRef) -> bool:
+        """Whether the object is there and young; an old one is written again, so that `ptq gc` takes it for used."""
+        entry = self.backend.entry(_object_name(ref))
+        is_there = entry is not None and entry.size_bytes == ref.size_bytes
+        return is_there and entry is not None and entry.modified_at > time.time() - _YOUNG_S
 
     def get_path(self, ref: ArtifactRef) -> Path:
         """Returns the path of a verified object; it must only be read.
@@ -155,28 +148,25 @@ class Store:
         return path
 
     def _fetched(self, ref: ArtifactRef) -> Path:
-        """The object in the cache, fetched where it is not there yet."""
+        """The object in the cache, fetched where it is not there yet; what is fetched is digested on the way."""
         if self._cache is None:
             self._cache = user_cache()
-        found: list[str] = []
-        for _ in range(_FETCH_ATTEMPTS):
-            cached = self._cache.find(ref.sha256)
-            if cached is not None:
-                return cached
+        name = _object_name(ref)
+        path = self._cache.find(ref.sha256)
+        wrong: list[str] = []
+        while path is None and len(wrong) < _FETCH_ATTEMPTS:
             try:
-                with self._cache.written(ref.sha256) as target:
-                    found.append(self.backend.fetch(_object_name(ref), target))
+                path, found = self._cache.add(ref.sha256, lambda target: self.backend.fetch(name, target))
             except FileNotFoundError as error:
                 raise self._absent(ref) from error
-            if found[-1] != ref.sha256 and found.count(found[-1]) > 1:
-                break  # the same wrong bytes twice: they are stored so, and were not changed on the way
-        cached = self._cache.find(ref.sha256)
-        if cached is not None:
-            return cached
-        if found.count(found[-1]) > 1:
-            raise self._set_aside_damaged(ref, found[-1])
+            if path is None and found in wrong:
+                # The same wrong bytes twice: they are stored so, and were not changed on the way.
+                raise self._set_aside_damaged(ref, found)
+            wrong.append(found)
+        if path is not None:
+            return path
         raise ArtifactError(
-            f"Object {ref.name} of {self.uri} was read {len(found)} times, each time with other bytes, never with the "
+            f"Object {ref.name} of {self.uri} was read {len(wrong)} times, each time with other bytes, never with the "
             f"SHA-256 {ref.sha256[:12]}. Expected a connection that leaves bytes alone. Check network and proxies, "
             "and run again."
         )
@@ -216,11 +206,19 @@ class Store:
         if content is None:
             return None
         fields = ("stage", "key", "record", "seconds", "finished_at")
-        if content.get("key") != key or any(field not in content for field in fields):
+        if (content.get("stage"), content.get("key")) != (stage, key) or any(field not in content for field in fields):
             self._set_aside(name)
             return None
         entry = StageEntry(**{field: content[field] for field in fields})
-        return entry if all(self._is_sound(ref) for ref in artifact_refs(entry.record)) else None
+        return entry if all(self._mapped(self._is_sound, set(artifact_refs(entry.record)))) else None
+
+    def _mapped(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+        """What the function returns for each item; requests to a distant backend go out together."""
+        listed = list(items)
+        if len(listed) < 2 or self.backend.local_path("objects") is not None:
+            return [function(item) for item in listed]
+        with ThreadPoolExecutor(min(_AT_ONCE, len(listed))) as threads:
+            return list(threads.map(function, listed))
 
     def _is_sound(self, ref: ArtifactRef) -> bool:
         """Whether the object can be used: verified where that is a read of this machine, else of the right size.
@@ -238,17 +236,21 @@ class Store:
 
     def _read_document(self, name: str) -> dict[str, Any] | None:
         """A JSON document whose digest is right; None, and set aside, where it is not. FileNotFoundError if absent."""
-        data, _ = self.backend.read(name)
-        try:
-            content = json.loads(data)
-            body = {field: value for field, value in content.items() if field != "digest"}
-            is_sound = content.get("digest") == digest(body)
-        except (ValueError, AttributeError):
-            is_sound = False
-        if not is_sound:
+        body, _ = self._read_tagged(name)
+        if body is None:
             self._set_aside(name)
-            return None
         return body
+
+    def _read_tagged(self, name: str) -> tuple[dict[str, Any] | None, str]:
+        """A document, None where its digest is wrong, and the tag of the bytes that were read."""
+        wrong: list[bytes] = []
+        for _ in range(_FETCH_ATTEMPTS):
+            data, tag = self.backend.read(name)
+            body = _body_of(data)
+            if body is not None or data in wrong:
+                break  # the same wrong bytes twice: stored so, and not changed on the way
+            wrong.append(data)
+        return body, tag
 
     def _set_aside(self, name: str) -> None:
         self.backend.move(name, f"damaged/{name.rpartition('/')[2]}.{time.time_ns()}")
@@ -261,6 +263,26 @@ class Store:
         }  # fmt: skip
         self.backend.write(f"stages/{entry.stage}/{entry.key}.json", _document(body))
 
+    def remember(self, kind: str, key: str, data: bytes) -> None:
+        """Keeps bytes that make later work quicker, without being a result: the latest replace those before.
+
+        Args:
+            kind: what they are, a name of letters, digits, '_' and '-'.
+            key: what they are for, in hexadecimal.
+            data: the bytes, stored as an object.
+        """
+        ref = self.put_bytes(data, kind)
+        body = {"name": ref.name, "sha256": ref.sha256, "size_bytes": ref.size_bytes}
+        self.backend.write(f"remembered/{kind}/{key}.json", _document(body))
+
+    def recall(self, kind: str, key: str) -> bytes:
+        """Returns what was remembered last, empty where there is nothing that can be used. See `remember`."""
+        try:
+            body = self._read_document(f"remembered/{kind}/{key}.json")
+            return self.get_bytes(ArtifactRef(**body)) if body else b""
+        except (FileNotFoundError, ArtifactError):
+            return b""
+
     def note_stage(self, run_id: str, entry: StageEntry, *, cached: bool) -> None:
         """Notes that a run used a finished stage, and whether it was found rather than computed."""
         note = {
@@ -268,12 +290,12 @@ class Store:
             "noted_at": time.time_ns(),
         }  # fmt: skip
         name = f"{_run_folder(run_id)}/{entry.stage}.{entry.key[:16]}.json"
-        self.backend.write(name, json.dumps(note, sort_keys=True).encode())
+        self.backend.write(name, _document(note))
 
     def run_stages(self, run_id: str) -> list[dict[str, Any]]:
         """Returns the notes of a run, in the order in which they were made: stage, key, seconds, cached."""
-        entries = self.backend.entries(f"{_run_folder(run_id)}/")
-        notes = [json.loads(self.backend.read(entry.name)[0]) for entry in entries]
+        names = [entry.name for entry in self.backend.entries(f"{_run_folder(run_id)}/")]
+        notes = [note for note in self._mapped(self._read_listed, names) if note is not None]
         return sorted(notes, key=lambda note: note["noted_at"])
 
     def publish(self, model: str, version: str, entry: Mapping[str, Any]) -> str:
@@ -295,14 +317,14 @@ class Store:
             ArtifactError: the store cannot be written.
         """
         for _ in range(_PUBLISH_ATTEMPTS):
-            history = self.history(model)
-            last = history[-1] if history else None
+            names = self._history_names(model)
+            last = self._last_of(names)
             if last is not None and last["version"] == version:
                 self._point_to(model, last)
                 return str(last["replaced"])
             document = {
                 **entry, "model": model, "version": version, "replaced": last["version"] if last else "",
-                "sequence": last["sequence"] + 1 if last else 0,
+                "sequence": _sequence_of(names[-1]) + 1 if names else 0,
             }  # fmt: skip
             if self._claim(model, document):
                 self._point_to(model, document)
@@ -322,20 +344,30 @@ class Store:
         """Moves the pointer forward to `document`, unless it is there or further."""
         name, data = f"{_model_folder(model)}/latest.json", _document(document)
         if not self.backend.has_conditions:
-            self.backend.write(name, data)
+            self._point_to_last(model, name)
             return
         for _ in range(_PUBLISH_ATTEMPTS):
             try:
-                current = self._read_document(name)
-                _, tag = self.backend.read(name)
+                current, tag = self._read_tagged(name)
             except FileNotFoundError:
                 current, tag = None, ""
-            if current is None:
-                if self.backend.create(name, data):
-                    return
-            elif current["sequence"] >= document["sequence"] or self.backend.replace(name, data, tag=tag):
+            if current is not None and current["sequence"] >= document["sequence"]:
+                return
+            if self.backend.replace(name, data, tag=tag) if tag else self.backend.create(name, data):
                 return
         raise ArtifactError(f"{self.uri}/{name} changes faster than it can be moved. Run again.")
+
+    def _point_to_last(self, model: str, name: str) -> None:
+        """Writes the history's last entry as the pointer until it still is the last afterwards.
+
+        Of two that write at once, the one whose pointer came last looks at the history last, and sees both entries.
+        """
+        last = self._last_of(self._history_names(model))
+        while last is not None:
+            self.backend.write(name, _document(last))
+            written, last = last, self._last_of(self._history_names(model))
+            if last == written:
+                return
 
     def latest(self, model: str) -> dict[str, Any] | None:
         """Returns the entry of the published version of a model, None if none was published."""
@@ -347,30 +379,43 @@ class Store:
             if found is not None:
                 return found
         # No pointer that can be trusted: it is the last entry of the history.
-        history = self.history(model)
-        return history[-1] if history else None
+        return self._last_of(self._history_names(model))
 
     def history(self, model: str) -> list[dict[str, Any]]:
         """Returns the entries of all published versions of a model, oldest first."""
-        names = [entry.name for entry in self.backend.entries(f"{_model_folder(model)}/history/")]
-        documents = [self._read_document(name) for name in names]
+        documents = self._mapped(self._read_listed, self._history_names(model))
         return [document for document in documents if document is not None]
+
+    def _history_names(self, model: str) -> list[str]:
+        """The names of a model's history, oldest first."""
+        entries = self.backend.entries(f"{_model_folder(model)}/history/")
+        return sorted(entry.name for entry in entries if _SEQUENCE.match(entry.name.rpartition("/")[2]))
+
+    def _last_of(self, names: list[str]) -> dict[str, Any] | None:
+        return next((found for name in reversed(names) if (found := self._read_listed(name)) is not None), None)
+
+    def _read_listed(self, name: str) -> dict[str, Any] | None:
+        """A listed document, which stays where it is; None where it is not sound, or has gone since."""
+        try:
+            return self._read_tagged(name)[0]
+        except FileNotFoundError:
+            return None
 
 
 def _object_name(ref: ArtifactRef) -> str:
-    if not _HEX.match(ref.sha256):
+    if not isinstance(ref.sha256, str) or not _HEX.fullmatch(ref.sha256):
         raise ArtifactError(f"Object {ref.name!r} has the SHA-256 {ref.sha256!r}; expected 64 hexadecimal digits.")
     return f"objects/{ref.sha256[:2]}/{ref.sha256}"
 
 
 def _run_folder(run_id: str) -> str:
-    if not _NAME.match(run_id):
+    if not _NAME.fullmatch(run_id):
         raise UsageError(f"The run's name is {run_id!r}; expected letters, digits, '.', '_' and '-' alone.")
     return f"runs/{run_id}"
 
 
 def _model_folder(model: str) -> str:
-    if not _NAME.match(model):
+    if not _NAME.fullmatch(model):
         raise UsageError(f"model.publish_as is {model!r}; expected letters, digits, '.', '_' and '-' alone.")
     return f"models/{model}"
 
@@ -378,6 +423,20 @@ def _model_folder(model: str) -> str:
 def _document(body: Mapping[str, Any]) -> bytes:
     """JSON with the digest of what it says."""
     return json.dumps({**body, "digest": digest(body)}, indent=1, sort_keys=True).encode()
+
+
+def _body_of(data: bytes) -> dict[str, Any] | None:
+    """What a document says, None where its digest is another one."""
+    try:
+        content = json.loads(data)
+        body = {field: value for field, value in content.items() if field != "digest"}
+        return body if content.get("digest") == digest(body) else None
+    except (ValueError, AttributeError, RecursionError):
+        return None
+
+
+def _sequence_of(name: str) -> int:
+    return int(name.rpartition("/")[2][:6])
 
 
 def artifact_refs(value: Any) -> Iterator[ArtifactRef]:

@@ -4,15 +4,18 @@ Verdicts, metrics, findings and measurements as finished tables. How a terminal 
 business; the page of a run is `report`'s.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ptq.benchmarking import FileMeasurement
 from ptq.metrics import ClassMetrics
-from ptq.records import GraphChecks, SplitMetrics
+from ptq.records import GraphChecks, GraphFinding, SplitMetrics
+from ptq.retention import Collection
 from ptq.tables import Table, fixed, interval_text, percent_change, probability
 from ptq.verdict import Verdict, VerdictMeasurement
 
 CLASSES_SHOWN = 20
+NODES_SHOWN = 3
 
 
 def tables_of_verdict(verdict: Verdict) -> tuple[Table, ...]:
@@ -105,14 +108,24 @@ def tables_of_metrics(
 
 
 def table_of_checks(checks: GraphChecks) -> Table:
-    """Returns the findings of the graph checks, errors first."""
+    """Returns a row for each check that found something, errors first, with its first nodes and first message."""
     order = {"error": 0, "warning": 1, "info": 2}
-    found = sorted(checks.findings, key=lambda finding: order[finding.severity])
-    rows = tuple((f.severity, f.check, f.node or "whole graph", f.message, f.remedy) for f in found)
-    errors = tuple(index for index, finding in enumerate(found) if finding.severity == "error")
-    return Table(
-        f"Findings in {checks.graph}", ("Severity", "Check", "Node", "Message", "Remedy"), rows, alarming=errors
+    groups: dict[tuple[str, str], list[GraphFinding]] = {}
+    for finding in sorted(checks.findings, key=lambda finding: order[finding.severity]):
+        groups.setdefault((finding.severity, finding.check), []).append(finding)
+    rows = tuple(
+        (severity, check, f"{len(group):,}", _first_nodes(group), group[0].message, group[0].remedy)
+        for (severity, check), group in groups.items()
     )
+    errors = tuple(index for index, (severity, _) in enumerate(groups) if severity == "error")
+    columns = ("Severity", "Check", "Found", "First nodes", "First message", "Remedy")
+    return Table(f"Findings in {checks.graph}", columns, rows, alarming=errors)
+
+
+def _first_nodes(group: Sequence[GraphFinding]) -> str:
+    names = list(dict.fromkeys(finding.node or "whole graph" for finding in group))
+    more = len(names) - NODES_SHOWN
+    return ", ".join(names[:NODES_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def table_of_benchmark(results: Sequence[FileMeasurement]) -> Table:
@@ -142,3 +155,54 @@ def table_of_benchmark(results: Sequence[FileMeasurement]) -> Table:
         "INT8 in / out, %",
     )
     return Table("Latency and throughput", columns, tuple(rows))
+
+
+def tables_of_history(model: str, entries: Sequence[Mapping[str, Any]]) -> tuple[Table, Table]:
+    """Returns what each published version reaches, and what made it; the latest version is the last row.
+
+    Digests are shortened to 12 digits; what an entry does not say is empty.
+    """
+    last = (len(entries) - 1,)
+    versions = tuple(
+        (
+            str(entry["sequence"]), entry["version"], entry.get("published_at", ""),
+            fixed(entry.get("fp32_top1_percent"), 2), fixed(entry.get("top1_percent"), 2),
+            fixed(entry.get("drop_pp"), 2), f"{entry.get('method', '')}, trial {entry.get('trial', '')}",
+            entry["replaced"], str(entry.get("restored_from", "")),
+        )
+        for entry in entries
+    )  # fmt: skip
+    lineage = tuple(
+        (
+            str(entry["sequence"]), entry["version"],
+            *(entry.get(f"{what}_sha256", "")[:12] for what in ("checkpoint", "data", "config", "code")),
+            entry.get("run_id", ""),
+        )
+        for entry in entries
+    )  # fmt: skip
+    titles = (
+        "#",
+        "Version",
+        "Published",
+        "FP32 top-1, %",
+        "INT8 top-1, %",
+        "Drop, pp",
+        "Candidate",
+        "Replaced",
+        "From #",
+    )
+    made_of = ("#", "Version", "Checkpoint", "Data", "Config", "Code", "Run")
+    return (
+        Table(f"Versions of {model}", titles, versions, emphasized=last),
+        Table("What made them (SHA-256)", made_of, lineage, emphasized=last),
+    )
+
+
+def table_of_collection(found: Collection) -> Table:
+    """Returns counts and bytes of what is kept and of what is removed, by kind."""
+    word = "Would go" if found.is_dry_run else "Removed"
+    rows = tuple(
+        (kept.kind, f"{kept.count:,}", f"{kept.size_bytes:,}", f"{gone.count:,}", f"{gone.size_bytes:,}")
+        for kept, gone in zip(found.kept, found.removed, strict=True)
+    )
+    return Table("Store", ("Kind", "Kept", "Bytes", word, "Bytes"), rows)

@@ -119,7 +119,7 @@ class VerdictFile(_Part):
 
 
 class Verdict(_Part):
-    """The whole file. `schema` is its version."""
+    """The whole file. `schema` is its version; `red_flags` say where INT8 does not beat the best float precision."""
 
     schema_version: int = Field(1, alias="schema", ge=1, le=1)
     run_id: str
@@ -132,6 +132,7 @@ class Verdict(_Part):
     candidates: tuple[VerdictCandidate, ...] = Field(min_length=1)
     best: VerdictBest
     benchmark: tuple[VerdictMeasurement, ...]
+    red_flags: tuple[str, ...] = ()
     int8: VerdictInt8
     graph_checks: VerdictGraphChecks
     gate: VerdictGate

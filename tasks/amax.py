@@ -6,14 +6,14 @@ from ptq.calibration import amax_table
 from ptq.config import Dialect, LabelledMethod
 from ptq.histogram import trials_from_bytes
 from ptq.preparation import plan_from_file
-from ptq.records import AmaxRecord, ArtifactRef, ModelRecord, StatisticsRecord
+from ptq.records import AmaxRecord, ArtifactRef, ModelRecord
 from ptq.store import open_store
 from tasks.stage import RunContext, stage
 
 
 @stage(returns=AmaxRecord, timeout_seconds=None, run_name="compute_amax-{method.label}-{trial}")
 def compute_amax(
-    statistics: StatisticsRecord,
+    histograms: ArtifactRef,
     model: ModelRecord,
     trial: int,
     method: LabelledMethod,
@@ -24,7 +24,7 @@ def compute_amax(
 ) -> AmaxRecord:
     """Compute the amax of every activation quantizer for one trial by one method; biases go with the candidate."""
     store = open_store(run.store_uri)
-    trials = trials_from_bytes(store.get_bytes(statistics.histograms))
+    trials = trials_from_bytes(store.get_bytes(histograms))
     table = amax_table(
         trials[trial],
         plan=plan_from_file(store.get_path(model.plan)),

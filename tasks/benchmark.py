@@ -39,6 +39,6 @@ def benchmark(
             "%s batch %d: median %.3f ms, %.0f images/s",
             measured.precision, measured.batch_size, measured.median_ms, measured.throughput_images_per_s,
         )  # fmt: skip
-    for warning in record.warnings:
+    for warning in (*record.red_flags, *record.warnings):
         get_run_logger().warning(warning)
     return record

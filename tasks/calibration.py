@@ -4,7 +4,7 @@ from prefect.logging import get_run_logger
 
 from ptq.arrays import arrays_from_npz, npz_from_arrays
 from ptq.calibration import ObservedOnDevice, corrected_biases, means_by_name, trials_from_files
-from ptq.config import PreprocessingConfig, StoppingRule
+from ptq.config import Normalization, StoppingRule
 from ptq.histogram import bytes_from_trials
 from ptq.preparation import observed_model, plan_from_file
 from ptq.records import ArtifactRef, CalibrationDraws, ModelRecord, StatisticsRecord
@@ -17,7 +17,7 @@ from tasks.stage import RunContext, stage
 def collect_statistics(
     model: ModelRecord,
     draws: CalibrationDraws,
-    preprocessing: PreprocessingConfig,
+    normalization: Normalization,
     *,
     bins: int,
     threads: int,
@@ -47,8 +47,8 @@ def collect_statistics(
         draws=draws,
         class_names=model.class_names,
         stopping=stopping,
-        mean=preprocessing.mean,
-        std=preprocessing.std,
+        mean=normalization.mean,
+        std=normalization.std,
         bins=bins,
         threads=threads,
         on_device=on_device,
@@ -67,14 +67,14 @@ def collect_statistics(
 
 @stage(returns=ArtifactRef, timeout_seconds=600)
 def correct_biases(
-    statistics: StatisticsRecord, model: ModelRecord, template: ArtifactRef, trial: int, *, run: RunContext
+    channel_means: ArtifactRef, model: ModelRecord, template: ArtifactRef, trial: int, *, run: RunContext
 ) -> ArtifactRef:
     """Compute the biases that undo the mean error of rounded weights, from one trial's images."""
     store = open_store(run.store_uri)
     biases = corrected_biases(
         store.get_path(template),
         plan=plan_from_file(store.get_path(model.plan)),
-        means=arrays_from_npz(store.get_path(statistics.channel_means)),
+        means=arrays_from_npz(store.get_path(channel_means)),
         trial=trial,
     )
     return store.put_bytes(npz_from_arrays(biases), "biases.npz")

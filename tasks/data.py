@@ -8,14 +8,26 @@ from prefect.logging import get_run_logger
 
 from ptq import datasets
 from ptq.arrays import npy_from_array
-from ptq.config import CalibrationConfig, PreprocessingConfig
-from ptq.records import CalibrationDraws, DataRecord, PreparedImages
+from ptq.config import Decoding
+from ptq.inputs import Inputs, is_remote
+from ptq.records import CalibrationDraws, DataRecord, PreparedImages, digest
 from ptq.store import Store, open_store
 from tasks.progress import progress_logger
 from tasks.stage import RunContext, stage
 
 
-@stage(returns=DataRecord, timeout_seconds=3600, reads=lambda path: datasets.listing_fingerprint(path))
+def _fingerprint(path: str, calibration_split: str, selection_split: str, test_split: str, run: RunContext) -> str:
+    """What tells whether the images changed: their listing where they are local, their digests in S3."""
+    if not is_remote(path):
+        return datasets.listing_fingerprint(path)
+    index = datasets.index_images(
+        path, calibration_split=calibration_split, selection_split=selection_split, test_split=test_split,
+        progress=progress_logger("Read new images"), inputs=Inputs(open_store(run.store_uri)),
+    )  # fmt: skip
+    return datasets.index_fingerprint(index)
+
+
+@stage(returns=DataRecord, timeout_seconds=3600, reads=_fingerprint)
 def index_images(
     path: str, *, calibration_split: str, selection_split: str, test_split: str, run: RunContext
 ) -> DataRecord:
@@ -23,6 +35,7 @@ def index_images(
     index = datasets.index_images(
         path, calibration_split=calibration_split, selection_split=selection_split, test_split=test_split,
         progress=progress_logger("Indexed images"),
+        inputs=Inputs(open_store(run.store_uri)) if is_remote(path) else None,
     )  # fmt: skip
     for warning in index.warnings:
         get_run_logger().warning(warning)
@@ -37,22 +50,35 @@ def index_images(
     )
 
 
-@stage(returns=PreparedImages, timeout_seconds=7200, run_name="prepare_split-{split}")
-def prepare_split(
-    data: DataRecord, split: str, preprocessing: PreprocessingConfig, *, run: RunContext
-) -> PreparedImages:
+def _split_digest(data: DataRecord, split: str, run: RunContext) -> str:
+    """The digest of the images of one split; those of another may change without any effect here."""
+    rows = datasets.rows_of_split(open_store(run.store_uri).get_path(data.table), split)
+    return digest([[row.path, row.label, row.sha256] for row in rows])
+
+
+@stage(
+    returns=PreparedImages,
+    timeout_seconds=7200,
+    ignore=("data",),
+    reads=_split_digest,
+    run_name="prepare_split-{split}",
+)
+def prepare_split(data: DataRecord, split: str, decoding: Decoding, *, run: RunContext) -> PreparedImages:
     """Decode, resize and crop every image of a split."""
     store = open_store(run.store_uri)
     rows = datasets.rows_of_split(store.get_path(data.table), split)
-    return _prepare(store, data, rows, preprocessing, what=f"Decoded {split} images")
+    return _prepare(store, data, rows, decoding, what=f"Decoded {split} images")
 
 
 @stage(returns=CalibrationDraws, timeout_seconds=7200)
 def draw_calibration_images(
     data: DataRecord,
-    calibration: CalibrationConfig,
-    preprocessing: PreprocessingConfig,
+    decoding: Decoding,
     *,
+    images: int,
+    trials: int,
+    seed: int,
+    is_ordered: bool,
     split: str,
     evaluated_splits: Sequence[str],
     run: RunContext,
@@ -61,19 +87,22 @@ def draw_calibration_images(
     store = open_store(run.store_uri)
     table = store.get_path(data.table)
     drawn = datasets.draw_trials(
-        table, split=split, evaluated_splits=evaluated_splits, images=calibration.images, trials=calibration.trials,
-        seed=calibration.seed, class_names=data.class_names, is_ordered=calibration.tolerance_percent > 0,
+        table, split=split, evaluated_splits=evaluated_splits, images=images, trials=trials, seed=seed,
+        class_names=data.class_names, is_ordered=is_ordered,
     )  # fmt: skip
     for warning in drawn.warnings:
         get_run_logger().warning(warning)
-    prepared = _prepare(store, data, drawn.rows, preprocessing, what="Decoded calibration images")
+    prepared = _prepare(store, data, drawn.rows, decoding, what="Decoded calibration images")
     return CalibrationDraws(prepared=prepared, indices=drawn.indices, warnings=drawn.warnings)
 
 
 def _prepare(
-    store: Store, data: DataRecord, rows: Sequence[datasets.ImageRow], preprocessing: PreprocessingConfig, *, what: str
+    store: Store, data: DataRecord, rows: Sequence[datasets.ImageRow], decoding: Decoding, *, what: str
 ) -> PreparedImages:
-    pixels = datasets.decode_rows(rows, root=data.root, preprocessing=preprocessing, progress=progress_logger(what))
+    pixels = datasets.decode_rows(
+        rows, root=data.root, preprocessing=decoding, progress=progress_logger(what),
+        inputs=Inputs(store) if is_remote(data.root) else None,
+    )  # fmt: skip
     labels = np.array([row.label for row in rows], dtype=np.int64)
     files = json.dumps([[row.path, row.sha256] for row in rows])
     return PreparedImages(

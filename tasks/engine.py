@@ -8,7 +8,7 @@ from prefect.logging import get_run_logger
 
 from ptq.config import EngineConfig, Precision
 from ptq.engines import int8_share, open_engine
-from ptq.records import ArtifactRef, EngineIdentity, EngineRecord
+from ptq.records import ArtifactRef, EngineIdentity, EngineRecord, digest
 from ptq.store import open_store
 from tasks.stage import RunContext, stage
 
@@ -38,12 +38,17 @@ def build_engine(
     identity: EngineIdentity,
     run: RunContext,
 ) -> EngineRecord:
-    """Build a graph for the engine and record what each layer runs in."""
-    store = open_store(run.store_uri)
-    engine = open_engine(identity.name, threads=threads)
+    """Build a graph for the engine and record what each layer runs in.
+
+    The timing cache is no input of the stage: it makes the same build quicker.
+    """
+    store, machine = open_store(run.store_uri), digest(identity)
+    engine = open_engine(identity.name, threads=threads, timing_cache=store.recall("timing_cache", machine))
     built = engine.build(
         store.get_path(graph), precision=precision, batch_size=batch_size, float_remainder=float_remainder
     )
+    if built.timing_cache:
+        store.remember("timing_cache", machine, built.timing_cache)
     share = int8_share(built.layers)
     get_run_logger().info(
         "Built %s at batch %d in %.1f s: %.0f %% of %d layers read INT8, %.0f %% write it",
@@ -57,4 +62,5 @@ def build_engine(
         blob=store.put_bytes(built.blob, f"model_{precision}_batch{batch_size}.engine"),
         int8=share,
         build_s=built.build_s,
+        build_settings=built.settings,
     )

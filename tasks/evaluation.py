@@ -8,7 +8,7 @@ from pathlib import Path
 from prefect.logging import get_run_logger
 
 from ptq.arrays import arrays_from_npz
-from ptq.config import Dialect, EngineConfig, Precision, PreprocessingConfig
+from ptq.config import Dialect, EngineConfig, Normalization, Precision
 from ptq.engines import open_engine
 from ptq.evaluation import Evaluation, evaluate_graph, split_images_from_files
 from ptq.metrics import tables_from_parquet
@@ -31,9 +31,9 @@ from tasks.stage import RunContext, stage
 
 @stage(returns=EvaluationRecord, timeout_seconds=4 * 3600)
 def evaluate_baseline(
-    model: ModelRecord,
+    fp32_onnx: ArtifactRef,
     splits: Mapping[str, PreparedImages],
-    preprocessing: PreprocessingConfig,
+    normalization: Normalization,
     *,
     engine: EngineConfig,
     identity: EngineIdentity,
@@ -41,8 +41,8 @@ def evaluate_baseline(
 ) -> EvaluationRecord:
     """Evaluate FP32 on the engine."""
     store = open_store(run.store_uri)
-    graph = store.get_path(model.fp32_onnx)
-    found = _evaluate(store, graph, "fp32", splits, preprocessing, engine, identity, None, what="FP32 images")
+    graph = store.get_path(fp32_onnx)
+    found = _evaluate(store, graph, "fp32", splits, normalization, engine, identity, None, what="FP32 images")
     return _record(store, found, candidate="fp32", amax=None)
 
 
@@ -53,7 +53,7 @@ def evaluate(
     amax: AmaxRecord,
     baseline: EvaluationRecord,
     splits: Mapping[str, PreparedImages],
-    preprocessing: PreprocessingConfig,
+    normalization: Normalization,
     *,
     engine: EngineConfig,
     identity: EngineIdentity,
@@ -75,7 +75,7 @@ def evaluate(
             metadata={},
         )
         what = f"{amax.method}-{amax.trial} images"
-        found = _evaluate(store, graph, "int8", splits, preprocessing, engine, identity, reference, what=what)
+        found = _evaluate(store, graph, "int8", splits, normalization, engine, identity, reference, what=what)
     for metrics in found.splits:
         get_run_logger().info(
             "%s-%d on %s: top-1 %.2f %%, agreement with FP32 %.2f %%, SQNR %.1f dB",
@@ -89,7 +89,7 @@ def _evaluate(
     graph: Path,
     precision: Precision,
     splits: Mapping[str, PreparedImages],
-    preprocessing: PreprocessingConfig,
+    normalization: Normalization,
     engine: EngineConfig,
     identity: EngineIdentity,
     reference: Path | None,
@@ -112,8 +112,8 @@ def _evaluate(
         batch_size=engine.evaluation_batch_size,
         float_remainder=engine.float_remainder,
         splits=images,
-        mean=preprocessing.mean,
-        std=preprocessing.std,
+        mean=normalization.mean,
+        std=normalization.std,
         reference_logits=arrays_from_npz(reference) if reference else None,
         progress=progress_logger(what),
     )

@@ -11,7 +11,7 @@ from prefect.logging import get_run_logger
 
 from ptq import fallback
 from ptq.calibration import amax_table, statistics_from_files
-from ptq.config import CalibrationConfig, Dialect, FallbackConfig, GateConfig, PreprocessingConfig, WeightMethod
+from ptq.config import Dialect, FallbackConfig, GateConfig, LabelledMethod, Normalization, WeightMethod
 from ptq.preparation import plan_from_file
 from ptq.records import (
     AmaxRecord,
@@ -46,7 +46,7 @@ def choose_methods(
     model: ModelRecord,
     tables: Sequence[AmaxRecord],
     draws: CalibrationDraws,
-    preprocessing: PreprocessingConfig,
+    normalization: Normalization,
     *,
     images: int,
     dialect: Dialect,
@@ -60,7 +60,7 @@ def choose_methods(
     table, choices = fallback.choose_methods(
         _files(store, model),
         tables={record.method: json.loads(store.get_bytes(record.table)) for record in tables},
-        images=_images(store, draws, trial, preprocessing, images),
+        images=_images(store, draws, trial, normalization, images),
         dialect=dialect,
         weight_method=weight_method,
         threads=threads,
@@ -77,7 +77,7 @@ def rank_layers(
     model: ModelRecord,
     amax: AmaxRecord,
     draws: CalibrationDraws,
-    preprocessing: PreprocessingConfig,
+    normalization: Normalization,
     *,
     images: int,
     limit: int,
@@ -91,7 +91,7 @@ def rank_layers(
     layers = fallback.rank_layers(
         _files(store, model),
         table=json.loads(store.get_bytes(amax.table)),
-        images=_images(store, draws, amax.trial, preprocessing, images),
+        images=_images(store, draws, amax.trial, normalization, images),
         dialect=dialect,
         weight_method=weight_method,
         threads=threads,
@@ -106,9 +106,10 @@ def carry_amax(
     target: ModelRecord,
     amax: AmaxRecord,
     draws: CalibrationDraws,
-    calibration: CalibrationConfig,
-    preprocessing: PreprocessingConfig,
+    normalization: Normalization,
     *,
+    method: LabelledMethod,
+    bins: int,
     label: str,
     dialect: Dialect,
     threads: int,
@@ -124,10 +125,9 @@ def carry_amax(
         (trial,) = statistics_from_files(
             observed_onnx=store.get_path(target.observed_onnx), plan=plan, pixels=store.get_path(draws.prepared.pixels),
             files=store.get_path(draws.prepared.sha256_of_files), draws=[draws.indices[amax.trial]],
-            mean=preprocessing.mean, std=preprocessing.std, bins=calibration.bins, threads=threads,
+            mean=normalization.mean, std=normalization.std, bins=bins, threads=threads,
             progress=progress_logger("Calibration images"),
         )  # fmt: skip
-        method = calibration.labelled(amax.method)
         table = amax_table(
             trial.histograms, plan=plan, dialect=dialect, method=method.method, percentile=method.percentile
         )
@@ -141,7 +141,7 @@ def fine_tune(
     model: ModelRecord,
     amax: AmaxRecord,
     draws: CalibrationDraws,
-    preprocessing: PreprocessingConfig,
+    normalization: Normalization,
     *,
     epochs: int,
     learning_rate: float,
@@ -158,7 +158,7 @@ def fine_tune(
         found = fallback.fine_tune_from_files(
             _files(store, model), table=json.loads(store.get_bytes(amax.table)),
             pixels=store.get_path(draws.prepared.pixels), labels=store.get_path(draws.prepared.labels),
-            mean=preprocessing.mean, std=preprocessing.std, dialect=dialect, epochs=epochs,
+            mean=normalization.mean, std=normalization.std, dialect=dialect, epochs=epochs,
             learning_rate=learning_rate, seed=seed, threads=threads, output=output,
             progress=lambda epoch: advance(epoch, epochs),
         )  # fmt: skip
@@ -189,15 +189,13 @@ def _files(store: Store, model: ModelRecord) -> fallback.ModelFiles:
     )
 
 
-def _images(
-    store: Store, draws: CalibrationDraws, trial: int, preprocessing: PreprocessingConfig, images: int
-) -> np.ndarray:
+def _images(store: Store, draws: CalibrationDraws, trial: int, normalization: Normalization, images: int) -> np.ndarray:
     return fallback.sensitivity_images(
         store.get_path(draws.prepared.pixels),
         draws.indices[trial],
         images=images,
-        mean=preprocessing.mean,
-        std=preprocessing.std,
+        mean=normalization.mean,
+        std=normalization.std,
     )
 
 

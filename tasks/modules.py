@@ -2,46 +2,57 @@
 
 import dataclasses
 import tempfile
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 from prefect.logging import get_run_logger
 
 from ptq.calibration import RANGE_IMAGES, ranges_from_files
-from ptq.config import ModelConfig, PreprocessingConfig, QuantizationConfig
+from ptq.config import ModelConfig, Normalization, QuantizationConfig
+from ptq.inputs import Inputs, is_remote
+from ptq.models import factory_digest
 from ptq.onnx_preparation import equalize_onnx_model, prepare_onnx_model
 from ptq.onnx_source import source_digest
 from ptq.preparation import equalize_model, model_sources, plan_from_file, prepare_model
-from ptq.records import CalibrationDraws, DataRecord, ModelRecord
+from ptq.records import CalibrationDraws, ModelRecord
 from ptq.store import open_store
 from tasks.stage import RunContext, stage
 
 
-def _sources(model: ModelConfig) -> list[str]:
-    """The digests of what a model is made from."""
+def _sources(model: ModelConfig, run: RunContext) -> list[str]:
+    """The name of a model and the digests of what it is made from, wherever that lies.
+
+    A checkpoint in S3 that was read before is not read again for its digest.
+    """
+    if is_remote(model.checkpoint):
+        sha256 = Inputs(open_store(run.store_uri)).checkpoint_digest(model.checkpoint)
+        return [model.name, sha256, *([] if model.is_onnx else [factory_digest(model.name)])]
     checkpoint = Path(model.checkpoint)
-    return [source_digest(checkpoint)] if model.is_onnx else model_sources(model.name, checkpoint)
+    return [model.name, *([source_digest(checkpoint)] if model.is_onnx else model_sources(model.name, checkpoint))]
 
 
-@stage(returns=ModelRecord, timeout_seconds=1800, reads=_sources)
+@stage(returns=ModelRecord, timeout_seconds=1800, ignore=("model",), reads=_sources)
 def replace_modules(
     model: ModelConfig,
-    data: DataRecord,
-    quantization: QuantizationConfig,
+    placement: QuantizationConfig,
     *,
+    class_names: tuple[str, ...],
+    has_named_classes: bool,
     input_shape: tuple[int, int, int],
     run: RunContext,
 ) -> ModelRecord:
     """Load the checkpoint or the ONNX file, fold BatchNorm and decide where quantizers go."""
     store = open_store(run.store_uri)
     prepare = prepare_onnx_model if model.is_onnx else partial(prepare_model, name=model.name)
-    with tempfile.TemporaryDirectory() as directory:
+    local = Inputs(store).checkpoint(model.checkpoint) if is_remote(model.checkpoint) else None
+    with local or nullcontext(Path(model.checkpoint)) as checkpoint, tempfile.TemporaryDirectory() as directory:
         prepared = prepare(
-            checkpoint=Path(model.checkpoint),
-            class_count=len(data.class_names),
-            has_named_classes=data.has_named_classes,
+            checkpoint=checkpoint,
+            class_count=len(class_names),
+            has_named_classes=has_named_classes,
             input_shape=input_shape,
-            quantization=quantization,
+            quantization=placement,
             directory=Path(directory),
         )
         files = {name: store.put_file(path) for name, path in prepared.files.items()}
@@ -57,7 +68,7 @@ def replace_modules(
         checkpoint_sha256=prepared.checkpoint_sha256,
         input_shape=input_shape,
         num_classes=prepared.num_classes,
-        class_names=data.class_names,
+        class_names=class_names,
         warnings=prepared.warnings,
         source="onnx" if model.is_onnx else "torch",
         **files,
@@ -69,7 +80,7 @@ def equalize_channels(
     model: ModelRecord,
     reference: ModelRecord,
     draws: CalibrationDraws,
-    preprocessing: PreprocessingConfig,
+    normalization: Normalization,
     *,
     threads: int,
     run: RunContext,
@@ -87,8 +98,8 @@ def equalize_channels(
         plan=plan,
         pixels=store.get_path(draws.prepared.pixels),
         images=RANGE_IMAGES,
-        mean=preprocessing.mean,
-        std=preprocessing.std,
+        mean=normalization.mean,
+        std=normalization.std,
         threads=threads,
     )
     equalize = partial(

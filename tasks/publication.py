@@ -1,6 +1,7 @@
 """Stages that decide on a model, publish it and tell people about it."""
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 from prefect import task
@@ -10,14 +11,12 @@ from prefect.logging import get_run_logger
 
 from ptq import gate
 from ptq.config import GateConfig, PtqConfig
-from ptq.delivery import build_report, check_output_directory, deliver
+from ptq.delivery import build_report, check_output_directory, deliver, lineage
 from ptq.records import (
     ArtifactRef,
     BenchmarkRecord,
     GateDecision,
     GraphChecks,
-    GraphRecord,
-    ModelRecord,
     Publication,
     RunFindings,
     RunResult,
@@ -59,17 +58,13 @@ def decide(
 
 
 @task(timeout_seconds=300, cache_policy=NO_CACHE)
-def publish(
-    model: ModelRecord, graph: GraphRecord, selection: Selection, *, name: str, config_sha256: str, run: RunContext
-) -> Publication:
+def publish(findings: RunFindings, config: PtqConfig, *, run: RunContext) -> Publication:
     """Move `models/<name>/latest.json` to the accepted graph; a graph that is latest already stays."""
-    version = graph.onnx.sha256[:16]
-    entry = {
-        "run_id": run.run_id, "onnx_sha256": graph.onnx.sha256, "onnx_size_bytes": graph.onnx.size_bytes,
-        "dialect": graph.dialect, "checkpoint_sha256": model.checkpoint_sha256, "config_sha256": config_sha256,
-        "method": selection.method, "trial": selection.trial, "drop_pp": selection.comparison.drop_pp,
-    }  # fmt: skip
-    replaced = open_store(run.store_uri).publish(name, version, entry)
+    store = open_store(run.store_uri)
+    version, name = findings.graphs[0].onnx.sha256[:16], config.model.published_name
+    entry = lineage(store, config, findings, run_id=run.run_id)
+    entry["published_at"] = datetime.now(UTC).isoformat(timespec="seconds")
+    replaced = store.publish(name, version, entry)
     get_run_logger().info("Published %s version %s, replacing %s", name, version, replaced or "nothing")
     return Publication(published=True, model=name, version=version, replaced=replaced)
 

@@ -1,8 +1,9 @@
 """What is common to every stage?
 
 Turns a function into a Prefect task that runs only when its result is not in the store yet: the stage's key is
-the digest of its inputs, of the core's sources and of the numeric libraries' versions. A hit shows as Cached
-in the UI. The record is written after its objects, so a run that is killed leaves nothing half done.
+the digest of its inputs, of the code it depends on and of the versions of the numeric libraries this code names.
+A hit shows as Cached in the UI. The record is written after its objects, so a run that is killed leaves nothing half
+done.
 """
 
 import inspect
@@ -17,6 +18,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.transactions import TransactionState, get_transaction
 
 from ptq.records import record_from_json, to_jsonable
+from ptq.source_digests import code_of_stage, library_versions
 from ptq.store import StageEntry, open_store, stage_key
 from tasks.progress import announce_finished
 from tasks.retries import is_transient
@@ -69,7 +71,9 @@ def stage(
             outside = (
                 reads(**{key: bound.arguments[key] for key in inspect.signature(reads).parameters}) if reads else None
             )
-            key = stage_key(name, {"arguments": inputs, "outside": outside})
+            code = code_of_stage(function)
+            made_by = {"code": code.sha256, "libraries": library_versions(code.libraries)}
+            key = stage_key(name, {"arguments": inputs, "outside": outside, **made_by})
             entry = store.read_stage(name, key)
             if entry is not None:
                 store.note_stage(run.run_id, entry, cached=True)

@@ -2,6 +2,7 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -15,12 +16,22 @@ from tasks.progress import progress_logger
 from tasks.stage import RunContext, stage
 
 
+def _settings(config: TrainingConfig, data: DataRecord) -> dict[str, Any]:
+    """What training depends on beside the images: neither where files lie nor what they are called."""
+    preprocessing = config.data.preprocessing
+    return {
+        "config": config.model_dump(exclude={"data", "checkpoint", "output"}),
+        "sources": training_sources(config.model, config.checkpoint),
+        "normalization": preprocessing.normalization,
+        "channels": preprocessing.channels,
+        "format": Path(config.output).suffix,
+        "classes": len(data.class_names),
+    }
+
+
 @stage(
-    returns=TrainingRecord,
-    timeout_seconds=7 * 24 * 3600,
-    ignore=("threads",),
-    reads=lambda config: training_sources(config.model, config.checkpoint),
-)
+    returns=TrainingRecord, timeout_seconds=7 * 24 * 3600, ignore=("config", "data", "threads"), reads=_settings
+)  # fmt: skip
 def train_classifier(
     config: TrainingConfig,
     data: DataRecord,

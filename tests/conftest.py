@@ -1,9 +1,11 @@
 """Fixtures that several folders of tests share."""
 
 import os
+import uuid
 
 import numpy as np
 import pytest
+import s3_servers
 from PIL import Image
 
 import ptq.engines.openvino  # noqa: F401 - a test that imports OpenVINO itself first would have it send telemetry
@@ -60,3 +62,33 @@ def image_folder(tmp_path_factory):
                 draw_class(label, start + index).save(folder / f"{index:03d}.png")
         start += count
     return root
+
+
+@pytest.fixture(scope="session")
+def moto_server(tmp_path_factory):
+    """An S3-compatible server that honours conditions."""
+    with s3_servers.moto_server(tmp_path_factory.mktemp("moto")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def rclone_server(tmp_path_factory):
+    """An S3-compatible server that ignores conditions, and rejects wrong credentials."""
+    with s3_servers.rclone_server(tmp_path_factory.mktemp("rclone")) as server:
+        yield server
+
+
+@pytest.fixture(params=["moto", "rclone"])
+def s3_server(request, monkeypatch, tmp_path):
+    """Each S3-compatible server in turn, as the one that this process uses, with an empty cache."""
+    server = request.getfixturevalue(f"{request.param}_server")
+    for name, value in server.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PTQ_CACHE_DIR", str(tmp_path / "cache"))
+    return server
+
+
+@pytest.fixture
+def s3_uri(s3_server):
+    """The URI of a store of its own on that server."""
+    return f"s3://{s3_servers.BUCKET}/{uuid.uuid4().hex}"

@@ -21,7 +21,7 @@ FORBIDDEN = {
 
 # The nouns, which is all that a flow may take from the core; the command line also shows results.
 NOUNS = ("ptq.config", "ptq.records", "ptq.errors")
-EXTRA_FOR = {"flows/cli.py": ("ptq.verdict", "ptq.terminal", "ptq.commands", "ptq.demo_data")}
+EXTRA_FOR = {"flows/cli.py": ("ptq.verdict", "ptq.terminal", "ptq.commands", "ptq.demo_data", "ptq.retention")}
 
 # What stages share. Any other import from one task module to another goes sideways.
 SHARED_TASK_MODULES = ("tasks.retries", "tasks.stage", "tasks.progress")
@@ -41,7 +41,7 @@ HOMES = {
     "openvino": {"ptq/engines/openvino.py"},
     "onnxruntime": {"ptq/engines/onnxruntime.py"},
     "boto3": {"ptq/store.py", "ptq/s3_backend.py"},
-    "botocore": {"ptq/store.py", "ptq/s3_backend.py"},
+    "botocore": {"ptq/store.py", "ptq/s3_backend.py", "ptq/s3_objects.py"},
     "polars": {"ptq/datasets.py", "ptq/metrics.py", "ptq/report.py"},
     "PIL": {"ptq/images.py", "ptq/demo_data.py"},
     "sklearn": {"ptq/demo_data.py"},

@@ -18,12 +18,13 @@ __all__ = ["int8_share", "open_activation_readers", "open_engine"]
 logger = logging.getLogger(__name__)
 
 
-def open_engine(name: str, *, threads: int) -> Engine:
+def open_engine(name: str, *, threads: int, timing_cache: bytes = b"") -> Engine:
     """Returns the engine called `name`, ready to build and load graphs.
 
     Args:
         name: `auto` takes TensorRT where a CUDA device and TensorRT are usable, else OpenVINO.
         threads: CPU threads of an inference; 0 for all cores this process may use. A GPU ignores it.
+        timing_cache: what an earlier build of this engine learned; only TensorRT uses it.
 
     Raises:
         UsageError: there is no engine of that name, or `threads` is negative.
@@ -40,7 +41,7 @@ def open_engine(name: str, *, threads: int) -> Engine:
 
         problem = tensorrt.find_problem()
         if not problem:
-            return tensorrt.TensorRtEngine()
+            return tensorrt.TensorRtEngine(timing_cache=timing_cache)
         if name == "tensorrt":
             raise EngineBuildError(
                 f"Engine tensorrt cannot run here: {problem}. It needs an NVIDIA GPU with its driver, tensorrt, and a "

@@ -50,12 +50,15 @@ class BuiltEngine:
     """A graph compiled for one engine, precision and batch size.
 
     `blob` is what `Engine.load` takes; `layers` are in order of execution; `build_s` is the time of the build in
-    seconds.
+    seconds; `settings` is what the build was made with, each as "name: value"; `timing_cache` is what the engine wants
+    to know at the next build, empty where it keeps nothing.
     """
 
     blob: bytes
     layers: tuple[LayerReport, ...]
     build_s: float
+    settings: tuple[str, ...] = ()
+    timing_cache: bytes = b""
 
 
 class Runner(Protocol):
@@ -83,6 +86,29 @@ class Runner(Protocol):
 
     def close(self) -> None:
         """Frees the engine's memory. The runner cannot be used any more."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TransferSamples:
+    """Times of inferences with their transfers, in ms, one per inference, and the time they took together in s.
+
+    `enqueue_ms` is the host's time to hand an inference over; the others are the device's.
+    """
+
+    upload_ms: tuple[float, ...]
+    compute_ms: tuple[float, ...]
+    download_ms: tuple[float, ...]
+    enqueue_ms: tuple[float, ...]
+    elapsed_s: float
+
+
+@runtime_checkable
+class SeparatesTransfers(Protocol):
+    """A runner whose `timed_calls` measures compute alone, and which can measure transfers as well."""
+
+    def timed_transfers(self, images: Float32Array, *, warmup_ms: float, iterations: int) -> TransferSamples:
+        """Returns times of `iterations` inferences, one after the other, each with upload and download."""
         ...
 
 
@@ -231,12 +257,14 @@ def time_calls(
 def int8_share(layers: Sequence[LayerReport]) -> Int8Share:
     """Returns how much of the convolutions and linear layers ran in INT8, in percent of their number.
 
-    A layer counts as INT8 on a side whose type is int8 or uint8. `float_layers` names those whose input is neither.
+    A layer counts as INT8 on a side whose type is int8 or uint8. `float_layers` names those whose input is neither,
+    `reformat_layers` the conversions between types.
     Without any such layer both shares are 0.
 
     >>> conv = LayerReport("conv", "convolution", "uint8", "fp32", "kernel")
-    >>> int8_share([conv, LayerReport("fc", "linear", "fp32", "fp32", "kernel")])
-    Int8Share(layers=2, int8_input_percent=50.0, int8_output_percent=0.0, reformats=0, float_layers=('fc',))
+    >>> share = int8_share([conv, LayerReport("fc", "linear", "fp32", "fp32", "kernel")])
+    >>> share.layers, share.int8_input_percent, share.int8_output_percent, share.reformats, share.float_layers
+    (2, 50.0, 0.0, 0, ('fc',))
     """
     weighted = [layer for layer in layers if layer.kind in _WEIGHTED_KINDS]
     count = max(len(weighted), 1)
@@ -246,4 +274,5 @@ def int8_share(layers: Sequence[LayerReport]) -> Int8Share:
         int8_output_percent=100 * sum(layer.output_type in _INT8_TYPES for layer in weighted) / count,
         reformats=sum(layer.kind == REFORMAT for layer in layers),
         float_layers=tuple(layer.name for layer in weighted if layer.input_type not in _INT8_TYPES),
+        reformat_layers=tuple(layer.name for layer in layers if layer.kind == REFORMAT),
     )

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx as onnx_library
+from google.protobuf.message import DecodeError
 
 from ptq.config import Precision
 from ptq.engines.interface import (
@@ -28,11 +30,13 @@ from ptq.engines.interface import (
     Float32Array,
     FloatRemainder,
     OneBatchAtATime,
+    TransferSamples,
     pad_batch,
     require_batch_size,
     require_classifier,
 )
-from ptq.errors import EngineBuildError
+from ptq.errors import EngineBuildError, ExportError
+from ptq.half_precision import half_from_float32, is_half
 from ptq.records import EngineIdentity, LayerReport
 
 logger = logging.getLogger(__name__)
@@ -250,25 +254,16 @@ class TensorRtEngine(OneBatchAtATime):
     ) -> BuiltEngine:
         """Returns the graph built for exactly `batch_size` images; see `Engine.build`.
 
-        `float_remainder` has no effect. What stays float in an INT8 graph runs in FP16 where flags can ask for it or
-        the graph has FP16 tensors, else in FP32.
+        `float_remainder` has no effect. What stays float in an INT8 graph runs in FP16: by flags, or, in a strongly
+        typed release, because the graph is converted to FP16 tensors first.
         """
         started = time.perf_counter()
         self._messages.clear()
+        plan, graph, notes = self._typed_graph(onnx, precision)
         builder = self._trt.Builder(self._log)
-        plan = build_plan(self.surface(), precision=precision)
-        network = self._parse(builder, onnx, plan)
-        if plan.strongly_typed and precision != "fp32" and not self._has_fp16(network):
-            # An FP32 graph: flags let TensorRT choose FP16, where the release still has them.
-            plan = build_plan(self.surface(), precision=precision, weak_typing=True)
-            if not plan.strongly_typed:
-                network = self._parse(builder, onnx, plan)
-            elif precision == "fp16":
-                raise EngineBuildError(
-                    f"{onnx.name} has no FP16 tensor, and TensorRT {self._trt.__version__} takes each layer's type "
-                    "from the graph. Expected an FP16 graph. Export one with `ptq export --precision fp16`."
-                )
+        network = self._parse(builder, onnx.name, graph, plan)
         config = self._configure(builder, network, plan, batch_size)
+        known = self.timing_cache
         serialized = builder.build_serialized_network(network, config)
         if serialized is None:
             raise self._error(f"cannot build {onnx.name} as {precision} for batches of {batch_size}")
@@ -277,7 +272,8 @@ class TensorRtEngine(OneBatchAtATime):
         blob = bytes(serialized)
         engine = self._deserialize(blob)
         information = engine.create_engine_inspector().get_engine_information(self._trt.LayerInformationFormat.JSON)
-        return BuiltEngine(blob, layers_from_inspector(information), build_s)
+        settings = (*self._settings(plan, config, engine, known, len(blob)), *notes)
+        return BuiltEngine(blob, layers_from_inspector(information), build_s, settings, self.timing_cache)
 
     def load(
         self, blob: bytes, *, precision: Precision, batch_size: int, float_remainder: FloatRemainder
@@ -287,21 +283,74 @@ class TensorRtEngine(OneBatchAtATime):
         require_batch_size(runner.batch_size, asked=batch_size)
         return runner
 
-    def _parse(self, builder: Any, onnx: Path, plan: BuildPlan) -> Any:
+    def _typed_graph(self, onnx: Path, precision: Precision) -> tuple[BuildPlan, bytes, tuple[str, ...]]:
+        """The plan, the graph whose types it needs, and what a reader should know of that graph.
+
+        A strongly typed release takes FP16 from the graph alone. Where an FP32 graph cannot become an FP16 one, flags
+        ask for FP16 if the release still has them.
+        """
+        try:
+            graph = onnx.read_bytes()
+        except OSError as error:
+            raise EngineBuildError(
+                f"TensorRT cannot read {onnx}: {error.strerror}. Give the path of an ONNX file."
+            ) from error
+        plan = build_plan(self.surface(), precision=precision)
+        if not plan.strongly_typed or precision == "fp32":
+            return plan, graph, ()
+        try:
+            half, notes = half_bytes(graph)
+        except ExportError as error:
+            weak = build_plan(self.surface(), precision=precision, weak_typing=True)
+            if weak.strongly_typed:
+                raise EngineBuildError(
+                    f"{onnx.name} cannot become the FP16 graph that TensorRT {self._trt.__version__} needs, since it "
+                    f"takes each layer's type from the graph. {error}"
+                ) from error
+            logger.warning("%s is built from its FP32 graph with flags: %s", onnx.name, error)
+            return weak, graph, ("float part: FP32 graph, FP16 by flag",)
+        for note in notes:
+            logger.warning("%s in FP16: %s", onnx.name, note)
+        return plan, half, ("float part: FP16 graph", *notes)
+
+    def _parse(self, builder: Any, name: str, graph: bytes, plan: BuildPlan) -> Any:
         flags = self._trt.NetworkDefinitionCreationFlag
-        network = builder.create_network(sum(1 << int(flags.__members__[name]) for name in plan.network_flags))
+        network = builder.create_network(sum(1 << int(flags.__members__[flag]) for flag in plan.network_flags))
         # Kept until the next build: the parser owns the weights that the network refers to.
         self._parser = self._trt.OnnxParser(network, self._log)
-        if not self._parser.parse_from_file(str(onnx)):
+        if not self._parser.parse(graph):
             found = "; ".join(str(self._parser.get_error(index)) for index in range(self._parser.num_errors))
-            raise self._error(f"cannot parse {onnx.name}: {found[:300]}")
-        require_classifier(onnx.name, inputs=network.num_inputs, outputs=network.num_outputs)
+            raise self._error(f"cannot parse {name}: {found[:300]}")
+        require_classifier(name, inputs=network.num_inputs, outputs=network.num_outputs)
         return network
 
-    def _has_fp16(self, network: Any) -> bool:
-        layers = (network.get_layer(index) for index in range(network.num_layers))
-        outputs = (layer.get_output(index) for layer in layers for index in range(layer.num_outputs))
-        return any(output is not None and output.dtype == self._trt.DataType.HALF for output in outputs)
+    def _settings(self, plan: BuildPlan, config: Any, engine: Any, known: bytes, size_bytes: int) -> tuple[str, ...]:
+        """What the build was made with, each as "name: value"."""
+        memory = getattr(engine, "device_memory_size_v2", None)
+        if memory is None:
+            memory = engine.device_memory_size
+        hit = bool(known) and self.timing_cache == known
+        cache = "none before" if not known else "knew every kernel" if hit else "knew some kernels"
+        tactics = self._tactic_sources(config)
+        return (
+            f"typing: {'strong' if plan.strongly_typed else 'by flags'}",
+            f"flags set: {' '.join(plan.set_flags) or 'none'}",
+            f"flags cleared: {' '.join(plan.cleared_flags) or 'none'}",
+            f"tactic sources: {tactics}",
+            f"optimization level: {config.builder_optimization_level}",
+            f"timing cache: {cache}",
+            f"engine size: {size_bytes} bytes",
+            f"device memory: {int(memory)} bytes",
+        )
+
+    def _tactic_sources(self, config: Any) -> str:
+        """The sources a build takes kernels from; a release that does not say uses its default of those it names."""
+        known = self._trt.TacticSource.__members__
+        asked = getattr(config, "get_tactic_sources", None)
+        if asked is None:
+            return f"default of {' '.join(known)}"
+        mask = int(asked())
+        return " ".join(name for name, bit in known.items() if mask & (1 << int(bit))) or "none"
 
     def _configure(self, builder: Any, network: Any, plan: BuildPlan, batch_size: int) -> Any:
         config = builder.create_builder_config()
@@ -404,6 +453,40 @@ class TensorRtRunner:
         latencies_ms = [start.elapsed_time(end) for start, end in events]
         return latencies_ms, events[0][0].elapsed_time(events[-1][1]) / 1000
 
+    def timed_transfers(self, images: Float32Array, *, warmup_ms: float, iterations: int) -> TransferSamples:
+        """Returns upload, compute and download of each inference, without a CUDA graph and without overlap."""
+        torch, batch = self._torch, pad_batch(images, shape=self._shape)
+        self._pinned.copy_(torch.from_numpy(batch if batch.flags.writeable else batch.copy()))
+        received = torch.zeros(self._logits.shape, dtype=self._logits.dtype).pin_memory()
+        rows: list[tuple[float, float, float, float]] = []
+        with torch.cuda.stream(self._stream):
+            warm_at = time.perf_counter() + warmup_ms / 1000
+            self._transfer(received)
+            while time.perf_counter() < warm_at:
+                self._transfer(received)
+            first = time.perf_counter()
+            for _ in range(iterations):
+                rows.append(self._transfer(received))
+            elapsed_s = time.perf_counter() - first
+        upload, compute, download, enqueue = zip(*rows, strict=True)
+        return TransferSamples(upload, compute, download, enqueue, elapsed_s)
+
+    def _transfer(self, received: Any) -> tuple[float, float, float, float]:
+        """One inference from host to host: the device's upload, compute and download, and the host's enqueue, in ms."""
+        events = [self._torch.cuda.Event(enable_timing=True) for _ in range(4)]
+        events[0].record()
+        self._images.copy_(self._pinned, non_blocking=True)
+        events[1].record()
+        before = time.perf_counter()
+        self._enqueue()
+        enqueue_ms = 1000 * (time.perf_counter() - before)
+        events[2].record()
+        received.copy_(self._logits, non_blocking=True)
+        events[3].record()
+        events[3].synchronize()
+        upload, compute, download = (events[i].elapsed_time(events[i + 1]) for i in range(3))
+        return upload, compute, download, enqueue_ms
+
     def close(self) -> None:
         """Frees the GPU's memory."""
         del self._context, self._engine, self._images, self._logits, self._pinned
@@ -426,6 +509,22 @@ class TensorRtRunner:
         graph.replay()
         end.record()
         return start, end
+
+
+def half_bytes(graph: bytes) -> tuple[bytes, tuple[str, ...]]:
+    """Returns an ONNX file as one with FP16 tensors, and its warnings; a file that has FP16 already comes back as is.
+
+    Raises:
+        ExportError: the file is no ONNX model, or cannot be converted.
+    """
+    try:
+        model = onnx_library.load_model_from_string(graph)
+    except DecodeError as error:
+        raise ExportError(f"The graph has {len(graph)} bytes that are no ONNX model. Export it again.") from error
+    if is_half(model):
+        return graph, ()
+    half = half_from_float32(model)
+    return half.model.SerializeToString(deterministic=True), half.warnings
 
 
 def _new_logger(trt: Any, messages: deque[str]) -> Any:

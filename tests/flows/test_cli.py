@@ -231,3 +231,35 @@ def test_help_names_every_command(run):
     assert code == 0
     for command in ("demo", "train", "quantize", "evaluate", "export", "validate", "benchmark", "report", "view"):
         assert command in out
+
+
+def test_a_published_model_has_a_history_that_can_be_restored_and_a_store_to_clean(
+    run, checkpoint, image_folder, tmp_path
+):
+    store = tmp_path / "store"
+    for more in ([], ["--weight-method", "mse"]):
+        code, _, err = run(*quantize(checkpoint, image_folder, tmp_path, *more))
+        assert code == 0, err
+    code, out, _ = run("history", "small", "--store", store, "--json")
+    first, second = json.loads(out)["versions"]
+    assert code == 0
+    assert second["replaced"] == first["version"]
+    assert first["checkpoint_sha256"] == second["checkpoint_sha256"]
+    assert first["config_sha256"] != second["config_sha256"]
+    assert first["data_sha256"] == first["objects"]["images.parquet"]["sha256"]
+    assert {"code_sha256", "versions", "published_at", "top1_percent", "fp32_top1_percent", "drop_pp"} <= set(first)
+    code, out, _ = run("restore", "small", first["version"][:8], "--store", store)
+    assert (code, first["version"] in out) == (0, True)
+    code, out, _ = run("history", "small", "--store", store)
+    assert (code, out.count(first["version"])) == (0, 5)
+    code, out, _ = run("gc", "--store", store, "--json")
+    assert (code, json.loads(out)["is_dry_run"]) == (0, True)
+    code, out, _ = run("gc", "--store", store, "--delete")
+    assert (code, "Removed" in out) == (0, True)
+
+
+def test_history_and_restore_of_what_is_not_there_are_wrong_usage(run, tmp_path):
+    code, _, err = run("history", "small", "--store", tmp_path / "store")
+    assert (code, "The models there are: none" in err) == (2, True)
+    code, _, err = run("restore", "small", "aa", "--store", tmp_path / "store")
+    assert code == 2

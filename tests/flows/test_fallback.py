@@ -208,16 +208,19 @@ def test_a_model_rejected_for_its_speed_is_not_tried_again(checkpoints, image_fo
 @flow
 def carry(config, *, pools_before):
     """Carry the amax of max from a model with or without quantized pools over to one with them."""
-    run, data_config, preprocessing = RunContext(config.output.store, "carry"), config.data, config.data.preprocessing
+    run, data_config = RunContext(config.output.store, "carry"), config.data
+    calibration, normalization = config.calibration, data_config.preprocessing.normalization
     data = index_images(data_config.path, calibration_split="train", selection_split="val", test_split="test", run=run)
     draws = draw_calibration_images(
-        data, config.calibration, preprocessing, split="train", evaluated_splits=("test",), run=run
-    )
+        data, data_config.preprocessing.decoding, images=calibration.images, trials=calibration.trials,
+        seed=calibration.seed, is_ordered=False, split="train", evaluated_splits=("test",), run=run,
+    )  # fmt: skip
     before, after = (
         replace_modules(
             config.model,
-            data,
-            config.quantization.model_copy(update={"pools": pools}),
+            config.quantization.placement.model_copy(update={"pools": pools}),
+            class_names=data.class_names,
+            has_named_classes=data.has_named_classes,
             input_shape=(3, 24, 24),
             run=run,
         )
@@ -225,14 +228,14 @@ def carry(config, *, pools_before):
     )
     tables = [
         compute_amax(
-            collect_statistics(model, draws, preprocessing, bins=4096, threads=1, run=run), model, 0,
+            collect_statistics(model, draws, normalization, bins=4096, threads=1, run=run).histograms, model, 0,
             LabelledMethod(label="max", method="max"), dialect="cpu", run=run,
         )
         for model in (before, after)
     ]  # fmt: skip
     carried = carry_amax(
-        before, after, tables[0], draws, config.calibration, preprocessing, label="float1", dialect="cpu", threads=1,
-        run=run,
+        before, after, tables[0], draws, normalization, method=LabelledMethod(label="max", method="max"),
+        bins=calibration.bins, label="float1", dialect="cpu", threads=1, run=run,
     )  # fmt: skip
     return before.plan.sha256 == after.plan.sha256, tables[1], carried
 

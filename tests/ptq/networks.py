@@ -138,6 +138,13 @@ def small_convnext(num_classes=5):
     return _torchvision().ConvNeXt([CNBlockConfig(16, 32, 1), CNBlockConfig(32, None, 2)], num_classes=num_classes)
 
 
+def small_densenet(num_classes=5):
+    """torchvision's DenseNet with blocks of three and two layers."""
+    return _torchvision().DenseNet(
+        growth_rate=4, block_config=(3, 2), num_init_features=8, bn_size=2, num_classes=num_classes
+    )
+
+
 def _torchvision():
     import torchvision
 

@@ -3,12 +3,16 @@ import pytest
 
 from ptq.latency import (
     coefficient_of_variation,
+    end_to_end,
     latency_warnings,
     measure_interleaved,
     median_ms,
     percentile_ms,
+    red_flags,
     summarize,
+    transfer_warnings,
 )
+from ptq.records import Int8Share
 
 
 @pytest.mark.parametrize(
@@ -131,7 +135,7 @@ def test_no_round_at_all_is_refused():
 def test_a_stable_and_fast_int8_gives_no_warning():
     measurements = [summarize("fp32", 1, [[4.0, 4.1]]), summarize("int8", 1, [[1.0, 1.02]])]
 
-    assert latency_warnings(measurements) == ()
+    assert (*latency_warnings(measurements), *red_flags(measurements, {})) == ()
 
 
 def test_an_unstable_latency_is_named_with_its_variation():
@@ -145,11 +149,52 @@ def test_an_unstable_latency_is_named_with_its_variation():
 def test_int8_slower_than_bf16_is_named_even_if_faster_than_fp32():
     measurements = [summarize("fp32", 1, [[4.0]]), summarize("bf16", 1, [[2.0]]), summarize("int8", 1, [[2.5]])]
 
-    (warning,) = latency_warnings(measurements)
+    (warning,) = red_flags(measurements, {})
 
     assert warning.startswith("INT8 at batch size 1 is not faster than the best float precision")
     assert "its median is 2.500 ms, and BF16's is 2.000 ms" in warning
 
 
 def test_int8_is_compared_at_its_own_batch_size_only():
-    assert latency_warnings([summarize("fp32", 32, [[1.0]]), summarize("int8", 1, [[2.0]])]) == ()
+    assert red_flags([summarize("fp32", 32, [[1.0]]), summarize("int8", 1, [[2.0]])], {}) == ()
+
+
+def share(**fields):
+    values = {"layers": 4, "int8_input_percent": 50.0, "int8_output_percent": 25.0, "reformats": 1}
+    return Int8Share(**{**values, "float_layers": ("conv2", "fc"), "reformat_layers": ("copy of conv2",), **fields})
+
+
+def test_a_red_flag_names_the_float_layers_and_the_reformats():
+    measurements = [summarize("fp32", 1, [[2.0]]), summarize("int8", 1, [[2.0]])]
+    (flag,) = red_flags(measurements, {1: share()})
+    assert flag.endswith(
+        "2 of 4 convolutions and linear layers ran in float (conv2, fc); "
+        "the engine converts between types 1 times (copy of conv2)."
+    )
+
+
+def test_a_red_flag_cuts_a_long_list_of_layers():
+    measurements = [summarize("fp32", 1, [[2.0]]), summarize("int8", 1, [[3.0]])]
+    (flag,) = red_flags(measurements, {1: share(float_layers=tuple(f"conv{index}" for index in range(12)))})
+    assert "conv9 and 2 more" in flag
+    assert "conv10" not in flag
+
+
+def transfers(*, upload=0.1, compute=1.0, enqueue=0.1):
+    return end_to_end(
+        "int8", 4, upload_ms=[upload], compute_ms=[compute], download_ms=[0.1], enqueue_ms=[enqueue], elapsed_s=0.01
+    )
+
+
+def test_a_run_with_short_transfers_has_no_warning():
+    assert transfer_warnings([transfers(enqueue=0.8, upload=0.99)]) == ()
+
+
+def test_a_host_that_enqueues_slowly_is_named():
+    (warning,) = transfer_warnings([transfers(enqueue=0.81)])
+    assert warning.startswith("INT8 at batch size 4 is bound by the host: enqueueing takes 0.810 ms")
+
+
+def test_an_upload_as_long_as_the_compute_is_named():
+    (warning,) = transfer_warnings([transfers(upload=1.0)])
+    assert warning.startswith("INT8 at batch size 4 is bound by transfers: the upload takes 1.000 ms")

@@ -18,6 +18,7 @@ NETWORKS = {
     "mobilenet_v2": 32, "mobilenet_v3_small": 32, "squeezenet1_1": 48, "regnet_y_400mf": 32, "mnasnet0_5": 32,
     "benchmarks.networks:cifar_resnet20": 32, "tests.ptq.networks:small_vision_transformer": 32,
     "tests.ptq.networks:small_swin": 32, "tests.ptq.networks:small_convnext": 32,
+    "tests.ptq.networks:small_densenet": 32,
 }  # fmt: skip
 
 

@@ -1,6 +1,13 @@
 import pytest
 import torch
-from networks import Untraceable, small_resnet
+from networks import (
+    Untraceable,
+    small_convnext,
+    small_densenet,
+    small_resnet,
+    small_swin,
+    small_vision_transformer,
+)
 from torch import fx, nn
 
 from ptq.errors import UsageError
@@ -111,6 +118,31 @@ def test_the_operands_of_a_concat_share_one_quantizer():
     shared = [activation for activation in plan.activations if len(activation.tensors) > 1]
     assert len(shared) == 8
     assert all(len(activation.tensors) == 2 and activation.never_negative for activation in shared)
+
+
+def test_all_that_a_dense_block_concatenates_shares_one_quantizer():
+    plan = plan_of(small_densenet().eval())
+    first, second = (activation for activation in plan.activations if len(activation.tensors) > 1)
+    layer = "features_denseblock1_denselayer{}_conv2"
+    # The pool commutes with its quantizer; the last concat holds every operand, so that its range serves all.
+    assert first.tensors == ("features_relu0", *(layer.format(number) for number in (1, 2, 3)))
+    assert first.readers == ("cat", "cat_1", "cat_2", "cat_3", "features_pool0")
+    assert first.observed == "cat_3"
+    assert not first.never_negative
+    assert second.tensors[0] == "features_transition1_pool"
+    assert len(second.tensors) == 3
+
+
+def test_without_commuting_pools_a_dense_block_is_quantized_behind_its_pool():
+    plan = plan_of(small_densenet().eval(), commuting_pools=False)
+    assert spec(plan, "cat_3").tensors[0] == "features_pool0"
+
+
+@pytest.mark.parametrize("build", [small_vision_transformer, small_swin, small_convnext])
+def test_the_adds_of_transformers_and_of_convnext_stay_in_float(build):
+    plan = plan_of(build().eval())
+    assert (plan.residual_adds, plan.quantized_residual_adds) == (0, 0)
+    assert not [reader for activation in plan.activations for reader in activation.readers if "add" in reader]
 
 
 class Signs(nn.Module):

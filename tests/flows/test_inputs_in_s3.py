@@ -1,0 +1,129 @@
+"""Does a whole run work with checkpoint and images in a bucket, and read again only what changed?"""
+
+import shutil
+
+import networks
+import pytest
+import torch
+from s3_servers import BUCKET, moto_server
+
+from flows.quantize_model import quantize_model
+from ptq import datasets
+from ptq.config import PtqConfig
+from ptq.s3_objects import RemoteObjects
+from ptq.store import open_store
+
+pytestmark = pytest.mark.usefixtures("prefect_backend")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with moto_server(tmp_path_factory.mktemp("server")) as running:
+        yield running
+
+
+@pytest.fixture
+def bucket(server, monkeypatch, tmp_path, image_folder):
+    """A client of the server, in whose bucket the checkpoint and the images are."""
+    for name, value in server.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PTQ_CACHE_DIR", str(tmp_path / "cache"))
+    client = server.client()
+    put_checkpoint(client, tmp_path, seed=0)
+    for path in sorted(image_folder.rglob("*.png")):
+        client.upload_file(str(path), BUCKET, f"images/{path.relative_to(image_folder).as_posix()}")
+    yield client
+    client.close()
+
+
+def put_checkpoint(client, folder, *, seed):
+    """Upload a checkpoint that differs between seeds, and return its size in bytes."""
+    state = {
+        name: value + seed / 100 if value.is_floating_point() else value
+        for name, value in networks.small_resnet().state_dict().items()
+    }
+    torch.save(state, folder / "small.pth")
+    client.upload_file(str(folder / "small.pth"), BUCKET, "checkpoints/small.pth")
+    return (folder / "small.pth").stat().st_size
+
+
+@pytest.fixture
+def work(monkeypatch):
+    """The keys of the objects that were read, and the images that were decoded."""
+    done = {"read": [], "decoded": []}
+    open_object, decode_image = RemoteObjects._open, datasets.decode_image
+
+    def noted_open(self, **which):
+        done["read"].append(which["Key"])
+        return open_object(self, **which)
+
+    def noted_decode(data, **options):
+        done["decoded"].append(options["source"])
+        return decode_image(data, **options)
+
+    monkeypatch.setattr(RemoteObjects, "_open", noted_open)
+    monkeypatch.setattr(datasets, "decode_image", noted_decode)
+    return done
+
+
+def config_in(directory, store):
+    return PtqConfig.model_validate(
+        {
+            "model": {
+                "name": "networks:SmallResNet", "checkpoint": f"s3://{BUCKET}/checkpoints/small.pth",
+                "publish_as": "small",
+            },
+            "data": {"path": f"s3://{BUCKET}/images", "preprocessing": {"resize": 24, "crop": 24}},
+            "calibration": {"trials": 1, "images": 16, "methods": ["max"]},
+            "engine": {"name": "openvino", "threads": 1},
+            "benchmark": {"batch_sizes": [1], "duration_s": 0.05, "warmup_ms": 1.0, "rounds": 2},
+            "gate": {"max_drop_pp": 100, "min_speedup_fp32": 0.0},
+            "output": {"store": store, "directory": str(directory / "output")},
+        }
+    )  # fmt: skip
+
+
+def run(config, work):
+    """One run: the stages it computed, and what it read and decoded."""
+    for done in work.values():
+        done.clear()
+    result = quantize_model(config)
+    assert result.accepted
+    notes = open_store(config.output.store).run_stages(result.run_id)
+    assert len(notes) >= 10
+    return {note["stage"] for note in notes if not note["cached"]}
+
+
+@pytest.mark.parametrize("kind", ["file", "s3"])
+def test_only_what_changed_in_the_bucket_is_read_and_computed_again(bucket, work, tmp_path, kind, image_folder):
+    config = config_in(tmp_path, f"s3://{BUCKET}/store" if kind == "s3" else f"file://{tmp_path / 'store'}")
+    images = {f"images/{path.relative_to(image_folder).as_posix()}" for path in image_folder.rglob("*.png")}
+
+    assert "index_images" in run(config, work)
+    assert sorted(work["read"]) == sorted([*images, "checkpoints/small.pth"])
+
+    assert run(config, work) == set()
+    assert work == {"read": [], "decoded": []}
+
+    replaced = min(key for key in images if key.startswith("images/test/"))
+    image = (image_folder / replaced.removeprefix("images/")).read_bytes()
+    bucket.put_object(Bucket=BUCKET, Key=replaced, Body=image + b"\0")
+    computed = run(config, work)
+    assert work["read"] == [replaced]
+    assert "index_images" in computed
+    assert not computed & {"collect_statistics", "replace_modules", "compute_amax"}
+
+    shutil.rmtree(tmp_path / "cache")
+    assert run(config, work) == set()
+    assert work == {"read": [], "decoded": []}
+
+
+def test_a_checkpoint_of_the_same_size_with_other_weights_is_noticed(bucket, work, tmp_path):
+    config = config_in(tmp_path, f"file://{tmp_path / 'store'}")
+    size = (tmp_path / "small.pth").stat().st_size
+    run(config, work)
+    assert put_checkpoint(bucket, tmp_path, seed=1) == size
+    computed = run(config, work)
+    assert work["read"] == ["checkpoints/small.pth"]
+    assert "replace_modules" in computed
+    assert not computed & {"index_images", "prepare_split"}

@@ -1,0 +1,305 @@
+"""What is changed, and which stages run again for it? The expected sets are written by hand."""
+
+import ast
+import json
+import shutil
+from pathlib import Path
+
+import networks
+import pytest
+import torch
+from PIL import Image
+
+from flows.quantize_model import quantize_model
+from ptq import source_digests
+from ptq.config import PtqConfig
+from ptq.source_digests import NOT_COUNTED, SourceTree
+from ptq.store import open_store
+
+ROOT = Path(__file__).parents[2]
+STAGES = {
+    (f"tasks.{path.stem}", node.name)
+    for path in (ROOT / "tasks").glob("*.py")
+    for node in ast.parse(path.read_text()).body
+    if isinstance(node, ast.FunctionDef)
+    and any(isinstance(item, ast.Call) and getattr(item.func, "id", "") == "stage" for item in node.decorator_list)
+}
+# Stages that build a graph for the engine and run it, and those that do so to observe activations.
+ON_ENGINE = {"build_engine", "benchmark", "evaluate", "evaluate_baseline", "replace_modules"}
+ON_READERS = {"collect_statistics", "carry_amax", "equalize_channels"}
+# The methods, and the rule that ends an adaptive draw by them.
+ON_METHODS = {"compute_amax", "collect_statistics", "carry_amax"}
+FAKE_QUANTIZED = {"export_qdq", "choose_methods", "rank_layers", "fine_tune"}
+
+
+def copied(tmp_path):
+    for package in ("ptq", "tasks"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def digests(root):
+    tree = SourceTree(root)
+    return {stage: tree.code_of(module, stage).sha256 for module, stage in STAGES}
+
+
+def edited(file, function, line):
+    """Puts a line before the last statement of a function or method."""
+    source = file.read_text()
+    body = ast.parse(source).body
+    for name in function.split("."):
+        (node,) = [item for item in body if getattr(item, "name", "") == name]
+        body = node.body
+    lines = source.splitlines()
+    lines.insert(body[-1].lineno - 1, " " * body[-1].col_offset + line)
+    file.write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="module")
+def before():
+    return digests(ROOT)
+
+
+def test_there_are_stages_to_look_at():
+    assert len(STAGES) >= 20
+
+
+@pytest.mark.parametrize(
+    ("file", "function", "expected"),
+    [
+        ("ptq/amax.py", "entropy_bin", ON_METHODS),
+        ("ptq/amax.py", "amax_from_weight", FAKE_QUANTIZED),
+        ("ptq/datasets.py", "draw_trials", {"draw_calibration_images"}),
+        ("ptq/datasets.py", "decode_rows", {"draw_calibration_images", "prepare_split"}),
+        ("ptq/datasets.py", "index_images", {"index_images"}),
+        ("ptq/images.py", "network_input", {
+            *ON_READERS, "evaluate", "evaluate_baseline", "choose_methods", "rank_layers", "fine_tune",
+            "train_classifier",
+        }),
+        ("ptq/graph_checks.py", "check_graph", {"validate_graph"}),
+        ("ptq/gate.py", "decide", {"decide"}),
+        ("ptq/metrics.py", "mcnemar_p", {"select_candidate"}),
+        ("ptq/metrics.py", "split_metrics", {"evaluate", "evaluate_baseline"}),
+        ("ptq/engines/openvino.py", "OpenVinoEngine.build", ON_ENGINE),
+        ("ptq/engines/openvino.py", "open_activation_readers", ON_READERS),
+        ("ptq/engines/tensorrt.py", "TensorRtEngine.build", ON_ENGINE),
+        ("ptq/report.py", "html_report", set()),
+        ("ptq/delivery.py", "compose_verdict", set()),
+        ("ptq/store.py", "Store.put_file", set()),
+        ("ptq/object_cache.py", "ObjectCache.find", set()),
+        ("tasks/evaluation.py", "_evaluate", {"evaluate", "evaluate_baseline"}),
+        ("tasks/amax.py", "compute_amax", {"compute_amax"}),
+        ("tasks/stage.py", "stage", set()),
+    ],
+)  # fmt: skip
+def test_a_line_of_code_changes_the_stages_that_reach_it(tmp_path, before, file, function, expected):
+    edited(copied(tmp_path) / file, function, "_edited = 1")
+    after = digests(tmp_path)
+    assert {stage for stage in before if after[stage] != before[stage]} == expected
+
+
+@pytest.mark.parametrize("line", ["# a comment", "\n\n"])
+def test_comments_and_blank_lines_change_no_stage(tmp_path, before, line):
+    edited(copied(tmp_path) / "ptq/amax.py", "entropy_bin", line)
+    assert digests(tmp_path) == before
+
+
+def test_a_docstring_changes_no_stage(tmp_path, before):
+    file = copied(tmp_path) / "ptq/amax.py"
+    source = file.read_text()
+    docstring = ast.get_docstring(next(n for n in ast.parse(source).body if getattr(n, "name", "") == "mse_bin"), False)
+    file.write_text(source.replace(docstring, "Another sentence."))
+    assert file.read_text() != source
+    assert digests(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("source", "edit"),
+    [
+        ("from ptq.below import *\n\ndef top(): return low()\n", ("low", "_edited = 1")),
+        ("from ptq import below\n\ndef top(): return getattr(below, 'lo' + 'w')()\n", ("low", "_edited = 1")),
+        ("import ptq.below as b\n\ndef top(): return b.low()\n", ("low", "_edited = 1")),
+        ("def top():\n    from .below import low\n    return low()\n", ("low", "_edited = 1")),
+        ("from ptq.below import Low\n\ndef top() -> 'Low': ...\n", ("Low.low", "_edited = 1")),
+        ("from ptq.below import TABLE\n\ndef top(): return TABLE\n", ("low", "_edited = 1")),
+    ],
+    ids=["star", "getattr", "module", "deferred", "quoted annotation", "constant"],
+)
+def test_every_way_to_reach_code_is_followed(tmp_path, source, edit):
+    (tmp_path / "ptq").mkdir()
+    (tmp_path / "ptq/__init__.py").touch()
+    (tmp_path / "ptq/top.py").write_text(source)
+    below = tmp_path / "ptq/below.py"
+    below.write_text(
+        "def low():\n    return 1\n\nclass Low:\n    def low(self):\n        return 1\n\nTABLE = {1: low}\n"
+    )
+    first = SourceTree(tmp_path).code_of("ptq.top", "top").sha256
+    edited(below, *edit)
+    assert SourceTree(tmp_path).code_of("ptq.top", "top").sha256 != first
+
+
+def test_what_a_module_does_on_import_counts_and_what_it_only_defines_does_not(tmp_path):
+    (tmp_path / "ptq").mkdir()
+    module = tmp_path / "ptq/one.py"
+
+    def digest_with(more):
+        module.write_text(f"import numpy\n\ndef used(): return 1\n{more}")
+        return SourceTree(tmp_path).code_of("ptq.one", "used").sha256
+
+    assert digest_with("def other(): return 2\n") == digest_with("OTHER = 3\n") == digest_with("")
+    assert digest_with("numpy.seterr(all='raise')\n") != digest_with("")
+
+
+def test_what_is_not_counted_exists():
+    assert [name for name in NOT_COUNTED if not (ROOT / f"{name.replace('.', '/')}.py").is_file()] == []
+
+
+# From here on the small flow runs: one run is the base, each row changes one thing and runs again.
+
+DOWN_FROM_SELECTION = {"write_graph", "validate_graph", "build_engine", "benchmark", "decide"}
+DOWN_FROM_AMAX = {"compute_amax", "evaluate", "select_candidate", *DOWN_FROM_SELECTION}
+DOWN_FROM_DRAWS = {"equalize_channels", "collect_statistics", "export_qdq", "correct_biases", *DOWN_FROM_AMAX}
+
+
+@pytest.fixture(scope="module")
+def base(prefect_backend, image_folder, tmp_path_factory):
+    """A finished run: its config and the folder of its images."""
+    directory = tmp_path_factory.mktemp("base")
+    torch.save(networks.small_resnet().state_dict(), directory / "small.pth")
+    shutil.copytree(image_folder, directory / "images")
+    config = PtqConfig.model_validate({
+        "model": {"name": "networks:SmallResNet", "checkpoint": str(directory / "small.pth"), "publish_as": "small"},
+        "data": {"path": str(directory / "images"), "preprocessing": {"resize": 24, "crop": 24}},
+        "calibration": {"methods": ["percentile"], "percentiles": [99.9], "trials": 1, "images": 24},
+        "engine": {"name": "openvino", "threads": 1},
+        "benchmark": {"batch_sizes": [1], "duration_s": 0.02, "warmup_ms": 1.0, "rounds": 1},
+        "gate": {"max_drop_pp": 100, "min_speedup_fp32": 0.0},
+        "output": {"store": str(directory / "store"), "directory": str(directory / "output")},
+    })  # fmt: skip
+    assert computed(config) == {note["stage"] for note in notes(config, quantize_model(config).run_id)}
+    return config
+
+
+def notes(config, run_id):
+    return open_store(config.output.store).run_stages(run_id)
+
+
+def computed(config):
+    """Runs the flow and returns the stages that were computed rather than found."""
+    return {note["stage"] for note in notes(config, quantize_model(config).run_id) if not note["cached"]}
+
+
+def changed(config, field, value):
+    content = config.model_dump()
+    *sections, name = field.split(".")
+    section = content
+    for each in sections:
+        section = section[each]
+    section[name] = value
+    return PtqConfig.model_validate(content)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("calibration.percentiles", [90.0], DOWN_FROM_AMAX),
+        ("calibration.seed", 7, {"draw_calibration_images", *DOWN_FROM_DRAWS}),
+        ("calibration.bins", 1024, {"collect_statistics", *DOWN_FROM_AMAX}),
+        ("gate.max_drop_pp", 99.0, {"decide"}),
+        ("benchmark.duration_s", 0.03, {"benchmark", "decide"}),
+        ("benchmark.batch_sizes", [2], {"build_engine", "benchmark", "decide"}),
+        ("quantization.skip_layers", ["block1.conv1"], {"replace_modules", *DOWN_FROM_DRAWS}),
+        ("quantization.weight_method", "mse", {
+            "export_qdq", "correct_biases", *DOWN_FROM_AMAX,
+        }),
+        ("data.preprocessing.mean", (0.5, 0.5, 0.5), {"evaluate_baseline", *DOWN_FROM_DRAWS}),
+        ("model.publish_as", "another", set()),
+        ("output.directory", "another", set()),
+        ("engine.name", "auto", set()),
+        ("fallback.images", 8, set()),
+    ],
+)  # fmt: skip
+def test_a_setting_repeats_the_stages_that_use_it(base, tmp_path, monkeypatch, field, value, expected):
+    monkeypatch.chdir(tmp_path)
+    assert computed(changed(base, field, value)) == expected
+
+
+def drawn_and_other_image(config):
+    """A calibration image that the base run drew and one that it did not."""
+    store = open_store(config.output.store)
+    (note,) = [n for n in notes(config, quantize_model(config).run_id) if n["stage"] == "draw_calibration_images"]
+    record = store.read_stage(note["stage"], note["key"]).record
+    files = json.loads((store.backend.root / "objects" / record["prepared"]["sha256_of_files"]["sha256"][:2]
+                        / record["prepared"]["sha256_of_files"]["sha256"]).read_bytes())  # fmt: skip
+    drawn = {path for path, _ in files}
+    root = Path(config.data.path)
+    every = sorted(path.relative_to(root).as_posix() for path in (root / "train").rglob("*.png"))
+    return root / sorted(drawn)[0], root / next(path for path in every if path not in drawn)
+
+
+@pytest.fixture
+def images(base, tmp_path):
+    """A config on a copy of the images, and the copy."""
+    shutil.copytree(base.data.path, tmp_path / "images")
+    config = changed(base, "data.path", str(tmp_path / "images"))
+    assert computed(config) == {"index_images", "draw_calibration_images"}
+    return config, tmp_path / "images"
+
+
+def repaint(path):
+    with Image.open(path) as picture:
+        turned = picture.rotate(90)
+    turned.save(path)
+
+
+def test_a_changed_image_that_was_drawn_repeats_all_but_the_other_splits_and_the_model(base, images):
+    config, root = images
+    repaint(root / drawn_and_other_image(base)[0].relative_to(base.data.path))
+    assert computed(config) == {"index_images", "draw_calibration_images", *DOWN_FROM_DRAWS} - {"export_qdq"}
+
+
+def test_a_changed_image_that_was_not_drawn_repeats_the_draw_alone(base, images):
+    config, root = images
+    repaint(root / drawn_and_other_image(base)[1].relative_to(base.data.path))
+    assert computed(config) == {"index_images", "draw_calibration_images"}
+
+
+def test_an_image_more_to_test_on_repeats_its_split_and_the_evaluations(images):
+    config, root = images
+    first = min((root / "test").rglob("*.png"))
+    shutil.copy(first, first.with_name("more.png"))
+    repaint(first.with_name("more.png"))
+    assert computed(config) == {
+        "index_images", "draw_calibration_images", "prepare_split", "evaluate_baseline", "evaluate",
+        "select_candidate", "decide",
+    }  # fmt: skip
+
+
+def test_another_checkpoint_repeats_all_but_the_images(base, tmp_path):
+    state = networks.small_resnet().state_dict()
+    torch.save({name: value * 1.5 for name, value in state.items()}, tmp_path / "other.pth")
+    config = changed(base, "model.checkpoint", str(tmp_path / "other.pth"))
+    assert computed(config) == {"replace_modules", "evaluate_baseline", *DOWN_FROM_DRAWS}
+
+
+def test_the_same_checkpoint_elsewhere_repeats_nothing(base, tmp_path):
+    shutil.copy(base.model.checkpoint, tmp_path / "copy.pth")
+    assert computed(changed(base, "model.checkpoint", str(tmp_path / "copy.pth"))) == set()
+
+
+@pytest.mark.parametrize(
+    ("library", "expected"),
+    [
+        ("pillow", {"draw_calibration_images", "prepare_split"}),
+        ("scipy", {"equalize_channels"}),
+        ("onnx-graphsurgeon", {"replace_modules", "equalize_channels", "export_qdq", "validate_graph"}),
+        ("boto3", set()),
+    ],
+)
+def test_another_version_of_a_library_repeats_the_stages_that_name_it(base, monkeypatch, library, expected):
+    known = source_digests._version
+    monkeypatch.setattr(source_digests, "_version", lambda name: "0.0" if name == library else known(name))
+    source_digests.library_versions.cache_clear()
+    found = computed(base)
+    source_digests.library_versions.cache_clear()
+    assert found == expected
