@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from prefect import flow, runtime, unmapped
 from prefect.logging import get_run_logger
@@ -25,6 +26,7 @@ from ptq.records import (
     RunFindings,
     RunResult,
     Selection,
+    ServedLatency,
     digest,
 )
 from tasks.amax import compute_amax
@@ -32,11 +34,12 @@ from tasks.benchmark import benchmark
 from tasks.calibration import collect_statistics, correct_biases
 from tasks.data import draw_calibration_images, index_images, prepare_split
 from tasks.engine import build_engine, list_precisions, resolve_engine
-from tasks.evaluation import evaluate, evaluate_baseline, select_candidate
+from tasks.evaluation import evaluate, evaluate_baseline, evaluate_served, select_candidate
 from tasks.export import export_qdq, write_graph
 from tasks.fallback import carry_amax, choose_methods, conclude, fine_tune, is_worth_trying, rank_layers
 from tasks.modules import equalize_channels, replace_modules
 from tasks.publication import check_destinations, decide, publish, write_report
+from tasks.served import benchmark_served, compare_with_served, decide_on_served, find_served
 from tasks.stage import RunContext
 from tasks.validation import validate_graph
 
@@ -69,7 +72,7 @@ def quantize_model(config: PtqConfig) -> RunResult:
     3. collect statistics
     4. compute amax per trial and method   5. export the Q/DQ graph   6. evaluate every candidate on the engine
     7. select   8. judge: validate the graphs, build engines, benchmark, gate   9. if accuracy alone was rejected, try
-    what is configured and judge it   10. publish   11. report
+    what is configured and judge it   10. compare with the version in service   11. publish   12. report
     """
     get_run_logger().info("Config %s: %s", digest(config)[:12], config.model_dump_json())
     run = RunContext(store_uri=config.output.store, run_id=runtime.flow_run.name)
@@ -139,6 +142,8 @@ def quantize_model(config: PtqConfig) -> RunResult:
     if is_worth_trying(findings, config.fallback, config.gate):
         findings = _fall_back(setting, findings)
     if findings.decision.accepted:
+        findings = _hold_against_served(setting, findings)
+    if findings.decision.accepted:
         findings = replace(findings, publication=publish(findings, config, run=run))
     return write_report(config, findings, run=run)
 
@@ -162,6 +167,10 @@ def _input_shape(config: PtqConfig) -> tuple[int, int, int]:
     return preprocessing.channels, preprocessing.crop, preprocessing.crop
 
 
+def _table_of(selection: Selection, tables: Sequence[AmaxRecord]) -> AmaxRecord:
+    return next(table for table in tables if (table.method, table.trial) == (selection.method, selection.trial))
+
+
 def _judge(
     setting: _Setting,
     model: ModelRecord,
@@ -173,7 +182,7 @@ def _judge(
     """Write the graphs of the selected candidate, validate them, build engines, benchmark them and decide."""
     config, run, threads = setting.config, setting.run, setting.config.engine.threads
     remainder = config.engine.float_remainder
-    best = next(table for table in tables if (table.method, table.trial) == (selection.method, selection.trial))
+    best = _table_of(selection, tables)
     graphs = [
         write_graph(model, template, best, dialect=dialect, name=f"{dialect}.onnx", run=run)
         for dialect in setting.dialects
@@ -198,6 +207,44 @@ def _judge(
         decision=decide(selection, measured, checks, config.gate, run=run),
         publication=Publication(published=False, model=config.model.published_name, version="", replaced=""),
     )  # fmt: skip
+
+
+def _hold_against_served(setting: _Setting, findings: RunFindings) -> RunFindings:
+    """Compare an accepted model with the version that it would replace, on the same images and in turns."""
+    config, run, threads = setting.config, setting.run, setting.config.engine.threads
+    remainder, test = config.engine.float_remainder, config.data.test_split
+    model, selection = findings.model, findings.selection
+    served = find_served(config.model.published_name, model, findings.graphs[0], run=run)
+    if served is None:
+        return findings
+    evaluations: dict[Literal["new", "served"], EvaluationRecord] = {}
+    latencies: Sequence[ServedLatency] = ()
+    if served.onnx is not None and not served.obstacle:
+        evaluations["new"] = next(item for item in findings.candidates if item.candidate == selection.candidate)
+        evaluations["served"] = evaluate_served(
+            served.onnx, setting.baseline, {test: setting.images[test]}, config.data.preprocessing.normalization,
+            engine=setting.engine, identity=setting.identity, run=run,
+        )  # fmt: skip
+        new = [engine for engine in findings.engines if engine.precision == "int8"]
+        old = [
+            build_engine(
+                served.onnx, "int8", engine.batch_size, threads=threads, float_remainder=remainder,
+                identity=setting.identity, run=run,
+            )
+            for engine in new
+        ]  # fmt: skip
+        latencies = benchmark_served(
+            new, old, config.benchmark, threads=threads, float_remainder=remainder, input_shape=model.input_shape,
+            run=run,
+        )  # fmt: skip
+    best = next(
+        table for table in findings.tables if (table.method, table.trial) == (selection.method, selection.trial)
+    )
+    comparison = compare_with_served(served, best, evaluations, latencies, config.gate, test_split=test, run=run)
+    decision = decide_on_served(
+        findings.decision, comparison, publish_inconclusive=config.gate.publish_inconclusive, run=run
+    )
+    return replace(findings, decision=decision, served=comparison)
 
 
 def _fall_back(setting: _Setting, first: RunFindings) -> RunFindings:

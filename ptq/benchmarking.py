@@ -28,7 +28,7 @@ from ptq.latency import (
     transfer_warnings,
 )
 from ptq.onnx_graph import summarize_onnx
-from ptq.records import BenchmarkRecord, EndToEnd, EngineRecord, Int8Share, Measurement
+from ptq.records import BenchmarkRecord, EndToEnd, EngineRecord, Int8Share, Measurement, ServedLatency
 
 COMPUTE_ONLY = "compute alone, in a CUDA graph; with transfers measured apart"
 ONE_MODE = "compute of a call on the CPU, where nothing is transferred"
@@ -116,6 +116,56 @@ def measure_engines(
         end_to_end=tuple(transfers),
         cross_checks=checks,
     )  # fmt: skip
+
+
+def measure_against(
+    new: Sequence[LoadedEngine],
+    served: Sequence[LoadedEngine],
+    *,
+    threads: int,
+    float_remainder: Literal["fp32", "bf16"],
+    input_shape: tuple[int, int, int],
+    warmup_ms: float,
+    duration_s: float,
+    min_iterations: int,
+    rounds: int,
+) -> tuple[ServedLatency, ...]:
+    """Returns the latencies of a new model's engines and of those in service, of each batch size in turns.
+
+    The other arguments are those of `measure_engines`.
+
+    Raises:
+        EngineBuildError: an engine cannot be loaded.
+        ValueError: the two have engines of other batch sizes.
+    """
+    sizes = [{item.record.batch_size: item for item in items} for items in (new, served)]
+    if sizes[0].keys() != sizes[1].keys():
+        raise ValueError(f"The new engines have the batch sizes {list(sizes[0])}, those in service {list(sizes[1])}.")
+    engine = open_engine(new[0].record.engine.name, threads=threads)
+    found = []
+    for batch_size in sorted(sizes[0]):
+        images = np.random.default_rng(0).standard_normal((batch_size, *input_shape)).astype(np.float32)
+        runners = [
+            engine.load(
+                items[batch_size].blob.read_bytes(), precision="int8", batch_size=batch_size,
+                float_remainder=float_remainder,
+            )
+            for items in sizes
+        ]  # fmt: skip
+        try:
+            taken = interleave(
+                {index: _timed(runner, images) for index, runner in enumerate(runners)}, rounds=rounds,
+                warmup_ms=warmup_ms, duration_s=duration_s, min_iterations=min_iterations,
+            )  # fmt: skip
+        finally:
+            for runner in runners:
+                runner.close()
+        ours, theirs = (
+            summarize("int8", batch_size, samples, elapsed_s=elapsed_s) for samples, elapsed_s in taken.values()
+        )
+        ratios = tuple(a / b for a, b in zip(ours.rounds_median_ms, theirs.rounds_median_ms, strict=True))
+        found.append(ServedLatency(batch_size, ours.median_ms, theirs.median_ms, ratios))
+    return tuple(found)
 
 
 def _measured(item: LoadedEngine, measurements: Sequence[Measurement]) -> Measurement | None:

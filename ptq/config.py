@@ -352,6 +352,22 @@ class GateConfig(_Section):
         le=1000,
         description="Least speed-up over FP16 or BF16 accepted, as a ratio of median latencies; 0: not asked.",
     )
+    max_regression_pp: float = Field(
+        1.0,
+        ge=0,
+        le=100,
+        description="Largest loss of top-1 against the version in service, in percentage points; 100: any.",
+    )
+    max_slowdown: float = Field(
+        1.1,
+        ge=0.1,
+        le=1000,
+        description="Largest ratio of the median latency to that of the version in service, at any batch size.",
+    )
+    publish_inconclusive: bool = Field(
+        False,
+        description="Publish a model that measured worse than the version in service, where chance can explain it.",
+    )
 
 
 class FallbackConfig(_Section):

@@ -20,7 +20,16 @@ from ptq.config import PtqConfig
 from ptq.errors import ArtifactError, UsageError
 from ptq.metrics import ClassMetrics, class_metrics, combined_predictions, tables_from_parquet
 from ptq.preparation import plan_from_file
-from ptq.records import ArtifactRef, CalibrationDraws, EvaluationRecord, RunFindings, digest, to_jsonable
+from ptq.records import (
+    ArtifactRef,
+    CalibrationDraws,
+    EvaluationRecord,
+    RunFindings,
+    ServedComparison,
+    digest,
+    to_jsonable,
+)
+from ptq.regression import drift_factor
 from ptq.report import (
     ReportInputs,
     benchmark_table,
@@ -47,6 +56,7 @@ from ptq.verdict import (
     VerdictLatency,
     VerdictLayer,
     VerdictMeasurement,
+    VerdictServed,
     VerdictTrial,
 )
 
@@ -134,8 +144,25 @@ def compose_verdict(
             name: VerdictFile(uri=store.object_uri(ref), sha256=ref.sha256, size_bytes=ref.size_bytes)
             for name, ref in sorted(files.items())
         },
+        in_service=_verdict_served(findings.served),
         versions={"python": platform.python_version(), **library_versions()},
         stage_seconds=_stage_seconds(store, run_id),
+    )
+
+
+def _verdict_served(comparison: ServedComparison | None) -> VerdictServed | None:
+    if comparison is None:
+        return None
+    return VerdictServed(
+        version=comparison.version,
+        decision=comparison.decision,
+        reasons=comparison.reasons,
+        top1_percent=comparison.served_top1_percent,
+        change_pp=-comparison.paired.drop_pp + 0.0 if comparison.paired else None,
+        mcnemar_p=comparison.paired.mcnemar_p if comparison.paired else None,
+        latency_ratio={str(item.batch_size): round(item.ratio, 4) for item in comparison.latencies},
+        # JSON knows no infinity, which is what a quantizer that was always 0 has.
+        amax_factor={item.quantizer: round(min(drift_factor(item), 1e9), 4) for item in comparison.drift},
     )
 
 
@@ -297,6 +324,7 @@ def report_inputs(store: Store, config: PtqConfig, findings: RunFindings, verdic
             *findings.benchmark.warnings,
         ),
         attempts=findings.attempts,
+        served=findings.served,
     )
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from ptq.backends import LocalFolder, disk_errors
 from ptq.errors import ArtifactError, CheckpointError, ManifestError, PtqError
-from ptq.object_cache import ObjectCache, user_cache
+from ptq.object_cache import ObjectCache, file_digest, user_cache
 from ptq.records import digest
 from ptq.store import Store
 
@@ -189,6 +189,21 @@ class Inputs:
         _ending(uri)
         with _checkpoint_errors(uri):
             return self.file_digest(uri)
+
+    def any_checkpoint_digest(self, path: str) -> str:
+        """Returns the SHA-256 of a checkpoint, local or in S3.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        if is_remote(path):
+            return self.checkpoint_digest(path)
+        try:
+            return file_digest(Path(path))
+        except OSError as error:
+            raise CheckpointError(
+                f"Checkpoint {path} cannot be read: {error.strerror}. Expected the file that the event names."
+            ) from error
 
     def _fetched(self, found: "RemoteObject") -> tuple[str, Path]:
         """An object's digest, and its file in the cache."""

@@ -568,29 +568,108 @@ class Attempt:
 
 
 @dataclass(frozen=True, slots=True)
+class ServedModel:
+    """The published version that a run would replace. `obstacle` says why it cannot be compared, or is empty."""
+
+    version: str
+    onnx: ArtifactRef | None
+    amax: ArtifactRef | None
+    obstacle: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ServedLatency:
+    """Median latencies in ms of the new graph and of the version in service, measured in turns.
+
+    `rounds_ratio` is new over served, round by round.
+    """
+
+    batch_size: int
+    new_median_ms: float
+    served_median_ms: float
+    rounds_ratio: tuple[float, ...]
+
+    @property
+    def ratio(self) -> float:
+        """New over served: above 1 the new graph is slower."""
+        return self.new_median_ms / self.served_median_ms
+
+
+@dataclass(frozen=True, slots=True)
+class AmaxDrift:
+    """The amax of one activation quantizer in the new model and in the version in service, in the tensor's units."""
+
+    quantizer: str
+    new_amax: float
+    served_amax: float
+
+
+ServedDecision = Literal["accept", "regress", "inconclusive"]
+
+
+@dataclass(frozen=True, slots=True)
+class ServedComparison:
+    """A new model against the version in service, on the same images and in turns on the same engine.
+
+    `paired` has the version in service in FP32's place and the new model in INT8's, None where they cannot be
+    compared. `drift` is ordered by the ratio of the amax, the largest change first, over the quantizers both have.
+    """
+
+    version: str
+    decision: ServedDecision
+    reasons: tuple[str, ...]
+    served_top1_percent: float | None
+    new_top1_percent: float | None
+    paired: PairedComparison | None
+    latencies: tuple[ServedLatency, ...]
+    drift: tuple[AmaxDrift, ...]
+    quantizers_of_one_alone: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Publication:
-    """What was published under `models/<name>/`; `published` is False where the gate rejected the model."""
+    """What was published under `models/<name>/`; `published` is False where the gate rejected the model.
+
+    `is_new` is False where this version was the latest before.
+    """
 
     published: bool
     model: str
     version: str
     replaced: str
+    is_new: bool = False
+
+
+RunDecision = Literal["accept", "reject", "regress", "inconclusive"]
 
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """What a run of `quantize_model` returns."""
+    """What a run of `quantize_model` returns. `decision` is accept, reject (by the gate), regress or inconclusive.
+
+    `is_new` is False where nothing was published, or what was in service before.
+    """
 
     run_id: str
     accepted: bool
     reasons: tuple[str, ...]
     output_directory: str
     verdict: ArtifactRef
+    model: str
+    version: str
+    decision: RunDecision
+    sentence: str
+    top1_percent: float
+    drop_pp: float
+    is_new: bool
 
 
 @dataclass(frozen=True, slots=True)
 class RunFindings:
     """Everything a finished run found, for its verdict and report. `graphs` begins with the evaluated one.
+
+    `served` is None where nothing was published before, where this is the published version, or where the gate
+    rejected the model before.
 
     `candidates` holds one evaluation per distinct amax table, `tables` one entry per trial and method. `attempts` is
     what was tried after the first rejection; the rest is about the accepted attempt, else about the first candidate.
@@ -610,6 +689,7 @@ class RunFindings:
     decision: GateDecision
     publication: Publication
     attempts: tuple[Attempt, ...] = ()
+    served: ServedComparison | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,8 +31,10 @@ from ptq.records import (
     ModelRecord,
     PlacementPlan,
     Selection,
+    ServedComparison,
     SplitMetrics,
 )
+from ptq.served_tables import tables_of_served
 from ptq.tables import (
     PRECISION_ORDER,
     Table,
@@ -83,6 +85,7 @@ class ReportInputs:
     machine: Mapping[str, str]
     warnings: tuple[str, ...]
     attempts: tuple[Attempt, ...] = ()
+    served: ServedComparison | None = None
 
 
 def verdict_sentence(inputs: ReportInputs) -> str:
@@ -183,6 +186,7 @@ def html_report(inputs: ReportInputs) -> str:
         spreads=_spreads_table(inputs),
         candidates=_candidates_table(inputs),
         attempts=_attempts_table(inputs),
+        served=tables_of_served(inputs.served) if inputs.served else (),
         boxplot=_data_uri(boxplot_png(inputs)),
         matrices=_matrices(inputs) if classes <= CLASSES_IN_A_MATRIX else (),
         confused=_confused_table(inputs) if classes > CLASSES_IN_A_MATRIX else None,
@@ -223,6 +227,8 @@ def markdown_report(inputs: ReportInputs) -> str:
         f"{_markdown_text(inputs.selection.spread_sentence)} {_markdown_text(inputs.selection.reason)}\n",
         *([_markdown_table(_attempts_table(inputs))] if inputs.attempts else []),
         "![Top-1 of the methods over the trials](boxplot.png)\n",
+        *(["## Against the version in service\n"] if inputs.served else []),
+        *map(_markdown_table, tables_of_served(inputs.served) if inputs.served else ()),
         "## Speed\n",
         _markdown_table(_latency_table(inputs)),
         *slow,

@@ -12,7 +12,7 @@ from ptq.metrics import ClassMetrics
 from ptq.records import GraphChecks, GraphFinding, SplitMetrics
 from ptq.retention import Collection
 from ptq.tables import Table, fixed, interval_text, percent_change, probability
-from ptq.verdict import Verdict, VerdictMeasurement
+from ptq.verdict import Verdict, VerdictMeasurement, VerdictServed
 
 CLASSES_SHOWN = 20
 NODES_SHOWN = 3
@@ -20,7 +20,21 @@ NODES_SHOWN = 3
 
 def tables_of_verdict(verdict: Verdict) -> tuple[Table, ...]:
     """Returns what a person wants at the end of a run: accuracy, every candidate, speed, what ran in INT8."""
-    return _accuracy(verdict), _trials(verdict), _latency(verdict)
+    in_service = (_in_service(verdict.in_service),) if verdict.in_service else ()
+    return _accuracy(verdict), _trials(verdict), _latency(verdict), *in_service
+
+
+def _in_service(found: VerdictServed) -> Table:
+    rows: list[tuple[str, str]] = [("Decision", found.decision)]
+    if found.change_pp is not None and found.mcnemar_p is not None:
+        change = f"{fixed(found.change_pp, 2, sign=True)} pp from {fixed(found.top1_percent, 2)} %"
+        rows.append(("Top-1", f"{change}, McNemar {probability(found.mcnemar_p)}"))
+    for batch_size, ratio in found.latency_ratio.items():
+        rows.append((f"Latency at batch {batch_size}", f"{fixed(ratio, 2)} times"))
+    moved = max(found.amax_factor.items(), key=lambda item: item[1], default=None)
+    if moved:
+        rows.append(("Largest drift of amax", f"{fixed(moved[1], 2)} times, {moved[0]}"))
+    return Table(f"Against version {found.version} in service", ("Comparison", "New model"), tuple(rows))
 
 
 def _accuracy(verdict: Verdict) -> Table:

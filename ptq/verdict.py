@@ -4,6 +4,8 @@ The one file a program reads after a run, as a pydantic model with a version. Re
 validation; nothing is computed here.
 """
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
 
@@ -110,6 +112,23 @@ class VerdictGate(_Part):
     reasons: tuple[str, ...]
 
 
+class VerdictServed(_Part):
+    """The new model against the version in service, on the same images and in turns on the same engine.
+
+    `change_pp` is the new top-1 minus that of the version in service. `latency_ratio` is new over served, by batch
+    size; `amax_factor` is how far each quantizer's amax moved, at least 1. Empty or None where it cannot be compared.
+    """
+
+    version: str
+    decision: Literal["accept", "regress", "inconclusive"]
+    reasons: tuple[str, ...]
+    top1_percent: float | None
+    change_pp: float | None
+    mcnemar_p: float | None
+    latency_ratio: dict[str, float]
+    amax_factor: dict[str, float]
+
+
 class VerdictFile(_Part):
     """A file of the run in the store."""
 
@@ -136,6 +155,7 @@ class Verdict(_Part):
     int8: VerdictInt8
     graph_checks: VerdictGraphChecks
     gate: VerdictGate
+    in_service: VerdictServed | None = None
     files: dict[str, VerdictFile]
     versions: dict[str, str]
     stage_seconds: dict[str, float]

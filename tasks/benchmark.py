@@ -12,7 +12,7 @@ from ptq.store import open_store
 from tasks.stage import RunContext, stage
 
 
-@stage(returns=BenchmarkRecord, timeout_seconds=4 * 3600)
+@stage(returns=BenchmarkRecord, timeout_seconds=4 * 3600, machine="whole")
 def benchmark(
     engines: Sequence[EngineRecord],
     config: BenchmarkConfig,

@@ -13,7 +13,7 @@ from tasks.progress import progress_logger
 from tasks.stage import RunContext, stage
 
 
-@stage(returns=StatisticsRecord, timeout_seconds=24 * 3600, ignore=("threads",))
+@stage(returns=StatisticsRecord, timeout_seconds=24 * 3600, ignore=("threads",), machine="shared")
 def collect_statistics(
     model: ModelRecord,
     draws: CalibrationDraws,

@@ -29,7 +29,7 @@ from tasks.progress import progress_logger
 from tasks.stage import RunContext, stage
 
 
-@stage(returns=EvaluationRecord, timeout_seconds=4 * 3600)
+@stage(returns=EvaluationRecord, timeout_seconds=4 * 3600, machine="shared")
 def evaluate_baseline(
     fp32_onnx: ArtifactRef,
     splits: Mapping[str, PreparedImages],
@@ -46,7 +46,12 @@ def evaluate_baseline(
     return _record(store, found, candidate="fp32", amax=None)
 
 
-@stage(returns=EvaluationRecord, timeout_seconds=None, run_name="evaluate-{amax.method}-{amax.trial}")
+@stage(
+    returns=EvaluationRecord,
+    timeout_seconds=None,
+    run_name="evaluate-{amax.method}-{amax.trial}",
+    machine="shared",
+)
 def evaluate(
     model: ModelRecord,
     template: ArtifactRef,
@@ -82,6 +87,34 @@ def evaluate(
             amax.method, amax.trial, metrics.split, metrics.top1_percent, metrics.agreement_percent, metrics.sqnr_db,
         )  # fmt: skip
     return _record(store, found, candidate=f"{amax.method}-{amax.trial}", amax=amax)
+
+
+@stage(returns=EvaluationRecord, timeout_seconds=4 * 3600, machine="shared")
+def evaluate_served(
+    onnx: ArtifactRef,
+    baseline: EvaluationRecord,
+    splits: Mapping[str, PreparedImages],
+    normalization: Normalization,
+    *,
+    engine: EngineConfig,
+    identity: EngineIdentity,
+    run: RunContext,
+) -> EvaluationRecord:
+    """Evaluate the graph of the version in service on today's images and engine."""
+    store = open_store(run.store_uri)
+    reference = store.get_path(baseline.logits)
+    found = _evaluate(
+        store,
+        store.get_path(onnx),
+        "int8",
+        splits,
+        normalization,
+        engine,
+        identity,
+        reference,
+        what="Images in service",
+    )
+    return _record(store, found, candidate="in service", amax=None)
 
 
 def _evaluate(

@@ -18,6 +18,7 @@ from ptq.records import (
     GateDecision,
     GraphChecks,
     Publication,
+    RunDecision,
     RunFindings,
     RunResult,
     Selection,
@@ -64,9 +65,11 @@ def publish(findings: RunFindings, config: PtqConfig, *, run: RunContext) -> Pub
     version, name = findings.graphs[0].onnx.sha256[:16], config.model.published_name
     entry = lineage(store, config, findings, run_id=run.run_id)
     entry["published_at"] = datetime.now(UTC).isoformat(timespec="seconds")
+    latest = store.latest(name)
+    is_new = latest is None or latest["version"] != version
     replaced = store.publish(name, version, entry)
     get_run_logger().info("Published %s version %s, replacing %s", name, version, replaced or "nothing")
-    return Publication(published=True, model=name, version=version, replaced=replaced)
+    return Publication(published=True, model=name, version=version, replaced=replaced, is_new=is_new)
 
 
 @task(timeout_seconds=600, cache_policy=NO_CACHE)
@@ -85,4 +88,17 @@ def write_report(config: PtqConfig, findings: RunFindings, *, run: RunContext) -
         reasons=findings.decision.reasons,
         output_directory=str(Path(config.output.directory).absolute()),
         verdict=verdict,
+        model=config.model.published_name,
+        version=findings.graphs[0].onnx.sha256[:16],
+        decision=_decision(findings),
+        sentence=report.sentence,
+        top1_percent=report.verdict.best.top1_percent,
+        drop_pp=report.verdict.best.drop_pp,
+        is_new=findings.publication.is_new,
     )
+
+
+def _decision(findings: RunFindings) -> RunDecision:
+    if findings.decision.accepted:
+        return "accept"
+    return findings.served.decision if findings.served and findings.served.decision != "accept" else "reject"

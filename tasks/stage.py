@@ -9,19 +9,27 @@ done.
 import inspect
 import time
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, Literal, ParamSpec, TypeVar, cast
 
 from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
 from prefect.transactions import TransactionState, get_transaction
 
+from ptq.machine_lock import shared_machine, whole_machine
 from ptq.records import record_from_json, to_jsonable
 from ptq.source_digests import code_of_stage, library_versions
 from ptq.store import StageEntry, open_store, stage_key
 from tasks.progress import announce_finished
 from tasks.retries import is_transient
+
+_MACHINE: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "": nullcontext,
+    "shared": shared_machine,
+    "whole": whole_machine,
+}
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -43,6 +51,7 @@ def stage(
     ignore: Collection[str] = (),
     reads: Callable[..., Any] | None = None,
     run_name: str | None = None,
+    machine: Literal["", "shared", "whole"] = "",
 ) -> Callable[[Callable[Parameters, Result]], Task[Parameters, Result]]:
     """Returns a decorator that makes a cached Prefect task of a function with a parameter `run: RunContext`.
 
@@ -55,6 +64,8 @@ def stage(
         reads: given the other arguments by name, what the stage reads from outside the store (a digest), so that
             a change out there is seen.
         run_name: Prefect's template for the name of the task run.
+        machine: what the stage needs of this machine: nothing to speak of, cores that others may share, or all of it
+            to itself, as a benchmark does.
     """
 
     def decorate(function: Callable[Parameters, Result]) -> Task[Parameters, Result]:
@@ -80,8 +91,9 @@ def stage(
                 announce_finished(name, seconds=entry.seconds, cached=True)
                 _show_as_cached()
                 return record_from_json(returns, entry.record)
-            started = time.monotonic()
-            made = function(*args, **kwargs)
+            with _MACHINE[machine]():
+                started = time.monotonic()
+                made = function(*args, **kwargs)
             entry = StageEntry(
                 name, key, to_jsonable(made), round(time.monotonic() - started, 3), round(time.time(), 3)
             )

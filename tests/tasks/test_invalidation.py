@@ -3,6 +3,7 @@
 import ast
 import json
 import shutil
+import uuid
 from pathlib import Path
 
 import networks
@@ -25,7 +26,8 @@ STAGES = {
     and any(isinstance(item, ast.Call) and getattr(item.func, "id", "") == "stage" for item in node.decorator_list)
 }
 # Stages that build a graph for the engine and run it, and those that do so to observe activations.
-ON_ENGINE = {"build_engine", "benchmark", "evaluate", "evaluate_baseline", "replace_modules"}
+EVALUATIONS = {"evaluate", "evaluate_baseline", "evaluate_served"}
+ON_ENGINE = {*EVALUATIONS, "build_engine", "benchmark", "benchmark_served", "replace_modules"}
 ON_READERS = {"collect_statistics", "carry_amax", "equalize_channels"}
 # The methods, and the rule that ends an adaptive draw by them.
 ON_METHODS = {"compute_amax", "collect_statistics", "carry_amax"}
@@ -73,13 +75,14 @@ def test_there_are_stages_to_look_at():
         ("ptq/datasets.py", "decode_rows", {"draw_calibration_images", "prepare_split"}),
         ("ptq/datasets.py", "index_images", {"index_images"}),
         ("ptq/images.py", "network_input", {
-            *ON_READERS, "evaluate", "evaluate_baseline", "choose_methods", "rank_layers", "fine_tune",
-            "train_classifier",
+            *ON_READERS, *EVALUATIONS, "choose_methods", "rank_layers", "fine_tune", "train_classifier",
         }),
         ("ptq/graph_checks.py", "check_graph", {"validate_graph"}),
         ("ptq/gate.py", "decide", {"decide"}),
-        ("ptq/metrics.py", "mcnemar_p", {"select_candidate"}),
-        ("ptq/metrics.py", "split_metrics", {"evaluate", "evaluate_baseline"}),
+        ("ptq/metrics.py", "mcnemar_p", {"select_candidate", "compare_with_served"}),
+        ("ptq/regression.py", "compare", {"compare_with_served"}),
+        ("ptq/machine_lock.py", "shared_machine", set()),
+        ("ptq/metrics.py", "split_metrics", EVALUATIONS),
         ("ptq/engines/openvino.py", "OpenVinoEngine.build", ON_ENGINE),
         ("ptq/engines/openvino.py", "open_activation_readers", ON_READERS),
         ("ptq/engines/tensorrt.py", "TensorRtEngine.build", ON_ENGINE),
@@ -87,7 +90,7 @@ def test_there_are_stages_to_look_at():
         ("ptq/delivery.py", "compose_verdict", set()),
         ("ptq/store.py", "Store.put_file", set()),
         ("ptq/object_cache.py", "ObjectCache.find", set()),
-        ("tasks/evaluation.py", "_evaluate", {"evaluate", "evaluate_baseline"}),
+        ("tasks/evaluation.py", "_evaluate", EVALUATIONS),
         ("tasks/amax.py", "compute_amax", {"compute_amax"}),
         ("tasks/stage.py", "stage", set()),
     ],
@@ -185,7 +188,11 @@ def notes(config, run_id):
 
 
 def computed(config):
-    """Runs the flow and returns the stages that were computed rather than found."""
+    """Runs the flow and returns the stages that were computed rather than found.
+
+    Under a name that nothing was published under: what is in service is no setting.
+    """
+    config = changed(config, "model.publish_as", f"model-{uuid.uuid4().hex}")
     return {note["stage"] for note in notes(config, quantize_model(config).run_id) if not note["cached"]}
 
 
@@ -280,6 +287,18 @@ def test_another_checkpoint_repeats_all_but_the_images(base, tmp_path):
     torch.save({name: value * 1.5 for name, value in state.items()}, tmp_path / "other.pth")
     config = changed(base, "model.checkpoint", str(tmp_path / "other.pth"))
     assert computed(config) == {"replace_modules", "evaluate_baseline", *DOWN_FROM_DRAWS}
+
+
+def test_a_version_in_service_is_compared_with_once(base):
+    published = changed(base, "model.publish_as", "in-service")
+    quantize_model(published)
+    again = changed(published, "calibration.seed", 11)
+    quantize_model(again)
+    quantize_model(published)
+    against = {"evaluate_served", "benchmark_served", "compare_with_served", "decide_on_served"}
+    found = [notes(config, quantize_model(config).run_id) for config in (again, published, again)]
+    assert [against <= {note["stage"] for note in run} for run in found] == [True] * 3
+    assert [{note["stage"] for note in run if not note["cached"]} for run in found] == [set()] * 3
 
 
 def test_the_same_checkpoint_elsewhere_repeats_nothing(base, tmp_path):
