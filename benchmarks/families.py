@@ -25,6 +25,7 @@ from benchmarks.parity import one_at_a_time
 from benchmarks.subject import write_result
 from ptq import datasets
 from ptq.arrays import npy_from_array
+from ptq.benchmarking import machine_description
 from ptq.calibration import amax_table, statistics_from_files
 from ptq.config import Dialect, PreprocessingConfig, QuantizationConfig
 from ptq.engines import int8_share, open_engine
@@ -196,7 +197,10 @@ def timing(network: Network) -> dict[str, Any]:
     options, engine = network.options, open_engine("openvino", threads=0)
     graphs = [graph for graph in ("fp32", *options.timed_dialects, "nncf") if network.path(graph).is_file()]
     side = summarize_onnx(network.path("fp32")).input_shape[2] or network.side
-    found: dict[str, Any] = {"date": datetime.now(UTC).date().isoformat(), "side": side}
+    # Networks may have been timed on other machines: only figures of one row are of one run.
+    found: dict[str, Any] = {
+        "date": datetime.now(UTC).date().isoformat(), "machine": machine_description(), "side": side,
+    }  # fmt: skip
     for batch in options.batch_sizes:
         images = np.random.default_rng(0).standard_normal((batch, 3, side, side)).astype(np.float32)
         runners = {}

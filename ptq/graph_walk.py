@@ -335,14 +335,8 @@ class QdqGraph:
         return node.op in _KEEPS_SIGN_OF_FIRST and self.never_negative(node.inputs[0])
 
     def average_pools(self) -> Iterator[Node]:
-        """Yields the average pools, a mean over the two last axes of an image included.
-
-        The pool of a squeeze-and-excitation gate is left out: its input is multiplied by what follows it, in float, so
-        that quantizing it would gain nothing.
-        """
+        """Yields the average pools, a mean over the two last axes of an image included."""
         for node in self.nodes:
-            if node.inputs and any(reader.op == "Mul" for reader in node.inputs[0].outputs):
-                continue
             if node.op in _AVERAGE_POOLS and node.inputs:
                 yield node
             elif node.op == "ReduceMean" and node.inputs and node.inputs[0].shape and len(node.inputs[0].shape) == 4:

@@ -35,7 +35,7 @@ def place_quantizers(
         graph: the graph, its shapes inferred.
         layers: its layers with a stored weight, as `onnx_names.layers_of` yields them.
         residuals: quantize the identity operand of residual adds.
-        pools: quantize the inputs of average pools.
+        pools: quantize the inputs of average pools, for the multiplications of gates too.
         commuting_pools: put a quantizer before a max pool rather than behind it.
         first_layer: quantize the first weighted layer.
         last_layer: quantize the last weighted layer.
@@ -56,7 +56,8 @@ def place_quantizers(
         for layer in by_name[name]:
             requests.ask(layer.activation, layer.node)
     for pool in graph.average_pools() if pools else ():
-        requests.ask(pool.inputs[0], pool)
+        for reader in (pool, *_gate_multiplications(pool)):
+            requests.ask(pool.inputs[0], reader)
     adds = residual_adds(graph, layers)
     for add in adds if residuals else ():
         requests.ask(identity_operand(add, layers), add)
@@ -116,6 +117,12 @@ def _warnings(others: Sequence[Layer]) -> tuple[str, ...]:
 def _channel_axis(node: Node) -> int:
     """The axis of the input channels: the last for a linear layer, else the second."""
     return -1 if node.op in ("Gemm", "MatMul") else 1
+
+
+def _gate_multiplications(pool: Node) -> list[Node]:
+    """What multiplies the pool's input by what follows the pool: the end of a squeeze-and-excitation gate."""
+    products = [reader for reader in pool.inputs[0].outputs if reader.op == "Mul"]
+    return [product for product in products if pool.outputs[0].name in _reach(product.outputs[0])]
 
 
 # Residual adds

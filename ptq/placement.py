@@ -3,7 +3,8 @@
 Reads the BatchNorm-folded `torch.fx` graph and decides which tensors get a quantizer, which share one, and
 which readers see the quantized value. Nothing is changed here; `fake_quant` carries the plan out. The rules
 are NVIDIA's for explicit quantization: inputs and weights of weighted layers, one operand of every residual
-add (the identity), inputs of average pools, and one scale per tensor however many layers read it.
+add (the identity), inputs of average pools, and one scale per tensor however many layers read it. A gate of
+squeeze-and-excitation multiplies its pool's input again, and reads it quantized too.
 """
 
 import operator
@@ -68,7 +69,7 @@ def place_quantizers(
         module: the folded model; a `GraphModule` if `traced`.
         traced: whether the model could be traced; if not, only weighted layers get quantizers.
         residuals: quantize the identity operand of residual adds.
-        pools: quantize the inputs of average pools.
+        pools: quantize the inputs of average pools, for the multiplications of gates too.
         commuting_pools: put a quantizer before a max pool rather than behind it.
         first_layer: quantize the first weighted layer.
         last_layer: quantize the last weighted layer.
@@ -112,14 +113,11 @@ def place_quantizers(
     assert isinstance(module, fx.GraphModule)
     requests = _Requests(module, commuting_pools)
     for node in module.graph.nodes:
-        if (
-            node.op == "call_module"
-            and node.target in quantized
-            or pools
-            and _is_average_pool(module, node)
-            and not _is_scalar_gate_pool(node)
-        ):
+        if node.op == "call_module" and node.target in quantized:
             requests.ask(_tensor_input(node), node)
+        elif pools and _is_average_pool(module, node):
+            for reader in (node, *_gate_multiplications(node)):
+                requests.ask(_tensor_input(node), reader)
     adds = residual_adds(module)
     if residuals:
         for add in adds:
@@ -205,10 +203,14 @@ def _mean_axes(node: fx.Node) -> set[object]:
     return set(axes) if isinstance(axes, list | tuple) else {axes}
 
 
-def _is_scalar_gate_pool(node: fx.Node) -> bool:
-    """Whether the pool opens a squeeze-and-excitation gate: its input is multiplied again by what follows."""
-    source = _tensor_input(node)
-    return any(user.op != "call_module" and user.target in _MULTIPLICATIONS for user in source.users)
+def _gate_multiplications(pool: fx.Node) -> list[fx.Node]:
+    """What multiplies the pool's input by what follows the pool: the end of a squeeze-and-excitation gate.
+
+    It reads the tensor quantized as the pool does, so that the layer before them writes INT8.
+    """
+    users = _tensor_input(pool).users
+    products = [user for user in users if user.op != "call_module" and user.target in _MULTIPLICATIONS]
+    return [product for product in products if pool in _ancestors(product)]
 
 
 def _is_max_pool(module: fx.GraphModule, node: fx.Node) -> bool:

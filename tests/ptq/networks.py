@@ -131,6 +131,18 @@ def small_swin(num_classes=5):
     ).eval()  # fmt: skip
 
 
+class PoolBesideGate(nn.Module):
+    """Multiplies a pool's input by something that does not follow the pool."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.pool, self.fc = nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.fc((self.pool(x) - self.pool(x * torch.sigmoid(x))).flatten(1))
+
+
 def small_convnext(num_classes=5):
     """torchvision's ConvNeXt with two narrow stages."""
     from torchvision.models.convnext import CNBlockConfig

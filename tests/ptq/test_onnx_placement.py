@@ -264,10 +264,18 @@ def test_a_mean_over_height_and_width_is_an_average_pool(tmp_path):
     assert spec.never_negative
 
 
-def test_the_pool_of_a_gate_stays_in_float(tmp_path):
+def test_the_pool_of_a_gate_and_its_multiplication_share_a_quantizer(tmp_path):
     plan = prepared(exported(Gate(), tmp_path / "m.onnx", size=8), tmp_path).plan
-    pools = [reader for spec in plan.activations for reader in spec.readers if "Pool" in reader]
-    assert len(pools) == 1
+    readers = [spec.readers for spec in plan.activations if any("Pool" in reader for reader in spec.readers)]
+    assert sorted(len(names) for names in readers) == [1, 2]
+    assert [any("Mul" in name for name in names) for names in readers if len(names) == 2] == [True]
+
+
+def test_a_multiplication_that_does_not_follow_the_pool_stays_in_float(tmp_path):
+    plan = prepared(exported(networks.PoolBesideGate(), tmp_path / "m.onnx", size=8), tmp_path).plan
+    readers = [reader for spec in plan.activations for reader in spec.readers]
+    assert sum("Pool" in reader for reader in readers) == 2
+    assert not any("Mul" in reader for reader in readers)
 
 
 @pytest.mark.parametrize(

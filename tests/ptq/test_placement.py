@@ -1,6 +1,7 @@
 import pytest
 import torch
 from networks import (
+    PoolBesideGate,
     Untraceable,
     small_convnext,
     small_densenet,
@@ -170,7 +171,7 @@ def test_never_negative_is_proved_from_the_operations():
 
 
 class Means(nn.Module):
-    """A mean over the pixels is a global average pool; one over the channels is not, nor is that of a gate."""
+    """A mean over the pixels is a global average pool, one over the channels is not."""
 
     def __init__(self):
         super().__init__()
@@ -186,7 +187,19 @@ class Means(nn.Module):
 def test_a_mean_over_height_and_width_is_an_average_pool():
     plan = plan_of(Means())
     readers = [reader for activation in plan.activations for reader in activation.readers]
-    assert sorted(readers) == ["conv", "fc", "gate", "mean_2", "mean_3"]
+    assert sorted(readers) == ["conv", "fc", "gate", "mean", "mean_2", "mean_3", "mul"]
+
+
+def test_a_gate_multiplies_what_its_pool_reads_by_one_quantizer():
+    (spec,) = [spec for spec in plan_of(Means()).activations if "mean" in spec.readers]
+    assert (spec.tensors, spec.readers) == (("relu",), ("mean", "mul"))
+    readers = [reader for spec in plan_of(Means(), pools=False).activations for reader in spec.readers]
+    assert "mul" not in readers
+
+
+def test_a_multiplication_that_does_not_follow_the_pool_stays_in_float():
+    readers = [spec.readers for spec in plan_of(PoolBesideGate()).activations]
+    assert readers == [("conv",), ("pool",), ("pool_1",), ("fc",)]
 
 
 def test_what_stays_in_float_by_choice_is_named_by_its_operators():
