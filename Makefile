@@ -1,10 +1,12 @@
 # make demo   the whole job on real images, set-up included
 # make test   lint, types and tests, set-up included
+# make serve  a Prefect server, a worker and every deployment on this machine, in the background; make stop ends them
+# make dask   a Dask cluster on this machine, to try `runner: {name: dask}`; Ctrl-C ends it
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint serve stop dask clean
 
 # The stamp is written last, so an interrupted installation is repeated.
 .venv/installed: pyproject.toml constraints.txt
@@ -22,6 +24,15 @@ lint: .venv/installed
 
 test: lint
 	$(BIN)/python -m pytest
+
+serve: .venv/installed
+	$(BIN)/python -m deployments.local_service start
+
+stop: .venv/installed
+	$(BIN)/python -m deployments.local_service stop
+
+dask: .venv/installed
+	$(BIN)/python -m deployments.local_dask
 
 clean:
 	rm -rf .venv demo .pytest_cache .mypy_cache .ruff_cache

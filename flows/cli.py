@@ -66,6 +66,7 @@ Std = Annotated[list[float] | None, typer.Option(help="Standard deviation per ch
 PublishedModel = Annotated[str, typer.Argument(help="Name under which it was published.", show_default=False)]
 StoreUri = Annotated[str, typer.Option("--store", help="Store of artifacts: a folder, file:// or s3:// URI.")]
 DEFAULT_STORE = "file://.ptq/store"
+_UNTIL_INTERRUPTED_S = 365 * 86_400.0
 
 
 class Terminal:
@@ -531,12 +532,67 @@ def view(
 
 
 @app.command()
+def watch(
+    prefix: Annotated[str, typer.Argument(help="Folder or s3://bucket/prefix with one folder for each model.")],
+    store: StoreUri = DEFAULT_STORE,
+    once: Annotated[bool, typer.Option("--once", help="One look, and the wait until what it saw has settled.")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 5.0,
+    settle: Annotated[float, typer.Option(min=0.0, help="Seconds for which nobody must have written to a file.")] = 5.0,
+    stalled_after: Annotated[
+        float, typer.Option(min=0.0, help="Seconds after which a file whose end is missing is announced as it is.")
+    ] = 600.0,
+    skip_existing: Annotated[
+        bool, typer.Option("--skip-existing", help="Announce nothing of what lies there at the very first watch.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Announce each new checkpoint to the Prefect server once, until interrupted."""
+    _check_server()
+    from flows.watch_checkpoints import watch_checkpoints
+
+    options: dict[str, Any] = {
+        "watch_for_s": 0 if once else _UNTIL_INTERRUPTED_S, "interval_s": interval, "settle_s": settle,
+        "stalled_after_s": stalled_after, "skip_existing": skip_existing,
+    }  # fmt: skip
+    try:
+        if as_json:
+            _print_json({"announced": _run_flow(watch_checkpoints, prefix=prefix, store=store, **options)})
+        else:
+            watch_checkpoints(prefix, store, **options)
+    except ConnectionError as error:
+        _fail(str(error), FAILED)
+
+
+@app.command()
+def receive(
+    prefix: Annotated[str, typer.Option(help="s3://bucket/prefix with one folder for each model.")],
+    store: StoreUri = DEFAULT_STORE,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 4201,
+) -> None:
+    """Take a bucket's notifications over HTTP, with the token of PTQ_RECEIVER_TOKEN, and announce new checkpoints."""
+    from flows.receiver import receive
+
+    receive(prefix, store, host=host, port=port)
+
+
+def _check_server() -> None:
+    """Makes sure that there is a Prefect server that stays, before a flow starts one that does not."""
+    from tasks.announcements import check_server
+
+    try:
+        check_server()
+    except ConnectionError as error:
+        _fail(str(error), FAILED)
+
+
+@app.command()
 def history(model: PublishedModel, store: StoreUri = DEFAULT_STORE, as_json: Json = False) -> None:
     """List the published versions of a model, oldest first, and what made each of them."""
-    from ptq.retention import open_store, read_history
+    from ptq.retention import existing_store, read_history
     from ptq.terminal import tables_of_history
 
-    entries = read_history(open_store(store), model)
+    entries = read_history(existing_store(store), model)
     if as_json:
         _print_json({"model": model, "versions": entries})
         return
@@ -553,9 +609,9 @@ def restore(
 ) -> None:
     """Publish an earlier version of a model again."""
     from ptq.records import to_jsonable
-    from ptq.retention import open_store, restore_version
+    from ptq.retention import existing_store, restore_version
 
-    found = restore_version(open_store(store), model, version, now=datetime.now(UTC))
+    found = restore_version(existing_store(store), model, version, now=datetime.now(UTC))
     if as_json:
         _print_json(to_jsonable(found))
     elif found.replaced == found.version:
@@ -573,10 +629,10 @@ def gc(
 ) -> None:
     """Remove what no published version and no recent run needs; a dry run unless told to delete."""
     from ptq.records import to_jsonable
-    from ptq.retention import collect_garbage, open_store
+    from ptq.retention import collect_garbage, existing_store
     from ptq.terminal import table_of_collection
 
-    found = collect_garbage(open_store(store), keep_days=keep_days, now=time.time(), delete=delete)
+    found = collect_garbage(existing_store(store), keep_days=keep_days, now=time.time(), delete=delete)
     if as_json:
         _print_json(to_jsonable(found))
         return

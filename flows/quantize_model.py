@@ -8,7 +8,6 @@ from typing import Literal
 
 from prefect import flow, runtime, unmapped
 from prefect.logging import get_run_logger
-from prefect.task_runners import ThreadPoolTaskRunner
 
 from ptq.config import Dialect, EngineConfig, Precision, PtqConfig
 from ptq.records import (
@@ -27,11 +26,12 @@ from ptq.records import (
     RunResult,
     Selection,
     ServedLatency,
+    StatisticsRecord,
     digest,
 )
 from tasks.amax import compute_amax
 from tasks.benchmark import benchmark
-from tasks.calibration import collect_statistics, correct_biases
+from tasks.calibration import collect_shard, collect_statistics, correct_biases, merge_statistics
 from tasks.data import draw_calibration_images, index_images, prepare_split
 from tasks.engine import build_engine, list_precisions, resolve_engine
 from tasks.evaluation import evaluate, evaluate_baseline, evaluate_served, select_candidate
@@ -39,6 +39,7 @@ from tasks.export import export_qdq, write_graph
 from tasks.fallback import carry_amax, choose_methods, conclude, fine_tune, is_worth_trying, rank_layers
 from tasks.modules import equalize_channels, replace_modules
 from tasks.publication import check_destinations, decide, publish, write_report
+from tasks.runners import StageRunner, spread_stages
 from tasks.served import benchmark_served, compare_with_served, decide_on_served, find_served
 from tasks.stage import RunContext
 from tasks.validation import validate_graph
@@ -63,8 +64,8 @@ class _Setting:
     baseline: EvaluationRecord
 
 
-# One worker: each evaluation uses every core, and two at once would only share them.
-@flow(name="quantize-model", task_runner=ThreadPoolTaskRunner(max_workers=1))  # type: ignore[arg-type]
+# One thread: each evaluation uses every core, and two at once would only share them.
+@flow(name="quantize-model", task_runner=StageRunner(threads=1))
 def quantize_model(config: PtqConfig) -> RunResult:
     """Turn one FP32 classifier into a gated, published INT8 model.
 
@@ -78,6 +79,7 @@ def quantize_model(config: PtqConfig) -> RunResult:
     run = RunContext(store_uri=config.output.store, run_id=runtime.flow_run.name)
     check_destinations(config)
     identity = resolve_engine(config.engine)
+    spread_stages(config, identity)
     precisions = list_precisions(config.engine, identity)
     engine = config.engine.model_copy(update={"name": identity.name})
     data_config, preprocessing, calibration = config.data, config.data.preprocessing, config.calibration
@@ -103,10 +105,7 @@ def quantize_model(config: PtqConfig) -> RunResult:
     model = _equalized(config, loaded, loaded, draws, run)
     images = {split: prepare_split(data, split, preprocessing.decoding, run=run) for split in splits}
 
-    statistics = collect_statistics(
-        model, draws, normalization, bins=calibration.bins, stopping=calibration.stopping_rule(dialects[0]),
-        threads=config.engine.threads, device="cuda" if identity.name == "tensorrt" else "", run=run,
-    )  # fmt: skip
+    statistics = _statistics(config, model, draws, identity, dialects[0], run)
     draws = statistics.draws
     template = export_qdq(model, weight_method=config.quantization.weight_method, run=run)
     biases = [
@@ -155,6 +154,30 @@ def _equalized(
         return model
     normalization, threads = config.data.preprocessing.normalization, config.engine.threads
     return equalize_channels(model, reference, draws, normalization, threads=threads, run=run)
+
+
+def _statistics(
+    config: PtqConfig,
+    model: ModelRecord,
+    draws: CalibrationDraws,
+    identity: EngineIdentity,
+    dialect: Dialect,
+    run: RunContext,
+) -> StatisticsRecord:
+    """Collect over the drawn images in one piece, or in shards where there are workers and no draw stops early."""
+    normalization, calibration = config.data.preprocessing.normalization, config.calibration
+    threads, device = config.engine.threads, "cuda" if identity.name == "tensorrt" else ""
+    if config.runner.name == "threads" or calibration.tolerance_percent:
+        return collect_statistics(
+            model, draws, normalization, bins=calibration.bins, stopping=calibration.stopping_rule(dialect),
+            threads=threads, device=device, run=run,
+        )  # fmt: skip
+    shards = min(config.runner.shards, draws.prepared.images)
+    parts = collect_shard.map(
+        unmapped(model), unmapped(draws), unmapped(normalization), range(shards), shards=shards, bins=calibration.bins,
+        threads=threads, device=device, run=unmapped(run),
+    ).result()  # fmt: skip
+    return merge_statistics(parts, model, draws, run=run)
 
 
 def _float_engine(engine: EngineConfig) -> EngineConfig:

@@ -68,12 +68,12 @@ class Backend(Protocol):
         """Writes the bytes to the file `target` and returns their SHA-256; FileNotFoundError as `read`."""
         ...
 
-    def write(self, name: str, data: bytes) -> None:
-        """Keeps `data`, in place of what was there."""
+    def write(self, name: str, data: bytes, *, sha256: str = "") -> None:
+        """Keeps `data`, in place of what was there; `sha256` is their digest, where it is known already."""
         ...
 
-    def write_file(self, name: str, path: Path) -> None:
-        """Keeps the bytes of the file at `path`, in place of what was there."""
+    def write_file(self, name: str, path: Path, *, sha256: str) -> None:
+        """Keeps the bytes of the file at `path`, whose digest is `sha256`, in place of what was there."""
         ...
 
     def create(self, name: str, data: bytes) -> bool:
@@ -90,6 +90,15 @@ class Backend(Protocol):
 
     def delete(self, name: str) -> None:
         """Forgets `name`; nothing happens where it is gone."""
+        ...
+
+    def unfinished(self, *, before: float, delete: bool) -> list[Entry]:
+        """Returns what writers began before a moment and never ended, and forgets it if `delete`.
+
+        Args:
+            before: seconds since the epoch.
+            delete: whether to forget what is returned.
+        """
         ...
 
 
@@ -180,13 +189,13 @@ class LocalFolder:
         with target.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes, *, sha256: str = "") -> None:
         """Writes beside the folder's files and renames; see `Backend`."""
         with self._written() as temporary:
             _write_synced(temporary, data)
             temporary.replace(self._made_target(name))
 
-    def write_file(self, name: str, path: Path) -> None:
+    def write_file(self, name: str, path: Path, *, sha256: str) -> None:
         """Copies beside the folder's files and renames; see `Backend`."""
         with self._written() as temporary:
             shutil.copyfile(path, temporary)
@@ -223,6 +232,13 @@ class LocalFolder:
         """Removes a file; see `Backend`."""
         with disk_errors(self.root):
             self.local_path(name).unlink(missing_ok=True)
+
+    def unfinished(self, *, before: float, delete: bool) -> list[Entry]:
+        """The files that no rename has ended; see `Backend`."""
+        found = [entry for entry in self.entries("tmp/") if entry.modified_at < before]
+        for entry in found if delete else ():
+            self.delete(entry.name)
+        return found
 
     def _made_target(self, name: str) -> Path:
         target = self.local_path(name)

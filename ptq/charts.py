@@ -6,7 +6,8 @@ beyond positions on the paper.
 """
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -17,6 +18,9 @@ from ptq.records import BenchmarkRecord, Measurement
 DPI = 110
 WIDTH_INCHES = 6.0
 BOX_PLOT_HEIGHT_INCHES = 3.5
+NIGHTS_HEIGHT_INCHES = 2.3
+# Labels of more nights than this would touch.
+NIGHT_LABELS = 8
 # Labels of more methods than this are set narrower, so that neighbours do not touch.
 WIDE_LABELS = 4
 
@@ -107,6 +111,73 @@ def latency_bars_png(record: BenchmarkRecord) -> bytes:
     return _png(figure)
 
 
+def nights_png(
+    lines: Mapping[str, Sequence[float | None]],
+    *,
+    labels: Sequence[str],
+    title: str,
+    is_from_zero: bool,
+    is_bar: bool = False,
+    bad: Collection[int] = (),
+    changes: Mapping[int, str] | None = None,
+) -> bytes:
+    """Returns a PNG with values over the nights, oldest on the left.
+
+    Args:
+        lines: one value a night by name, in the unit that the title names; None where a night has none. The first name
+            is drawn strongly, those after it weakly; the last value of each line stands beside it.
+        labels: what stands below each night, in one or two lines; as many as fit are shown.
+        title: one line above the picture, drawn as it is.
+        is_from_zero: whether the axis begins at 0; otherwise it is cut to the values, but spans at least one unit.
+        is_bar: whether the first name is drawn as bars instead.
+        bad: indices of nights that are drawn in red; a cross on the ground where a night has no value.
+        changes: what begins at a night so that values before it cannot be compared, by index. Lines are cut there.
+
+    Returns:
+        660 by 253 pixels.
+
+    Raises:
+        ValueError: there is no night, or a name has not one value a night.
+    """
+    nights, cuts = len(labels), dict(sorted((changes or {}).items()))
+    if not nights or not lines or any(len(values) != nights for values in lines.values()):
+        counts = {name: len(values) for name, values in lines.items()}
+        raise ValueError(
+            f"There are {nights} labels of nights, and numbers of values {counts}. Expected at least one night and one "
+            "name, and one value a night."
+        )
+    figure = Figure(figsize=(WIDTH_INCHES, NIGHTS_HEIGHT_INCHES), dpi=DPI, facecolor="white")
+    axes = figure.add_axes((0.08, 0.20, 0.78, 0.66))
+    strong, *weak = lines
+    for name in weak:
+        _draw_night_line(axes, lines[name], colour=_MUTED, style=(0, (5, 3)), cuts=cuts)
+    if is_bar:
+        colours = [_RED if night in bad else _BLUE for night in range(nights)]
+        axes.bar(range(nights), [value or 0.0 for value in lines[strong]], width=0.6, color=colours, zorder=2)
+    else:
+        _draw_night_line(axes, lines[strong], colour=_BLUE, style="-", cuts=cuts)
+        _draw_night_dots(axes, lines[strong], bad=bad)
+    _limit_nights(axes, lines, is_from_zero=is_from_zero)
+    if not is_bar:
+        _name_night_lines(axes, lines, strong=strong)
+    for night, what in cuts.items():
+        axes.axvline(night - 0.5, color=_MUTED, linewidth=1.0, linestyle=(0, (2, 2)), zorder=1)
+        if any(night < other <= night + nights / NIGHT_LABELS for other in cuts):
+            continue  # its words would run into those of the next
+        axes.annotate(
+            what, xy=(night - 0.5, 1), xycoords=axes.get_xaxis_transform(), xytext=(4, 1), textcoords="offset points",
+            fontsize=_SMALL, color=_MUTED, va="bottom", parse_math=False,
+        )  # fmt: skip
+    # A few nights keep to the left, as far apart as many would be.
+    axes.set_xlim(-0.7, max(nights, NIGHT_LABELS) - 0.3)
+    shown = range(nights - 1, -1, -max(1, -(-nights // NIGHT_LABELS)))
+    axes.set_xticks(list(shown), [labels[night] for night in shown], fontsize=_SMALL, color=_INK)
+    axes.grid(axis="y", color=_GRID, linewidth=0.8)
+    _strip(axes)
+    figure.text(0.02, 0.945, title, fontsize=_SMALL + 2, color=_INK, va="center", weight="bold", parse_math=False)
+    return _png(figure)
+
+
 def _method_label(method: str, values: Sequence[float], *, is_narrow: bool) -> str:
     """A method's name, a percentile on a line of its own, and the mean below it."""
     mean = f"{sum(values) / len(values):.2f} %"
@@ -137,6 +208,54 @@ def _draw_method(axes: Axes, position: int, values: list[float]) -> None:
     offsets = [position + width * (index / steps - 0.5) for index in range(len(values))]
     size = 26 if len(values) <= 20 else 10
     axes.scatter(offsets, values, s=size, color=_INK, edgecolors="white", linewidths=0.6, zorder=3)
+
+
+def _draw_night_line(
+    axes: Axes, values: Sequence[float | None], *, colour: str, style: Any, cuts: Collection[int]
+) -> None:
+    """Joins the nights that have a value, except over a cut."""
+    known = [(night, value) for night, value in enumerate(values) if value is not None]
+    for first, end in zip((0, *cuts), (*cuts, len(values)), strict=True):
+        nights = [night for night, _ in known if first <= night < end]
+        heights = [value for night, value in known if first <= night < end]
+        axes.plot(nights, heights, color=colour, linewidth=1.4, linestyle=style, zorder=2)
+
+
+def _draw_night_dots(axes: Axes, values: Sequence[float | None], *, bad: Collection[int]) -> None:
+    known = [(night, value) for night, value in enumerate(values) if value is not None]
+    size = 26 if len(values) <= 30 else 12
+    colours = [_RED if night in bad else _BLUE for night, _ in known]
+    nights, heights = [night for night, _ in known], [value for _, value in known]
+    axes.scatter(nights, heights, s=size, color=colours, edgecolors="white", linewidths=0.6, zorder=4)
+    empty = [night for night in bad if values[night] is None]
+    ground = axes.get_xaxis_transform()
+    axes.scatter(empty, [0.05] * len(empty), transform=ground, marker="x", s=22, color=_RED, linewidths=1.5, zorder=3)
+
+
+def _limit_nights(axes: Axes, lines: Mapping[str, Sequence[float | None]], *, is_from_zero: bool) -> None:
+    known = [value for values in lines.values() for value in values if value is not None]
+    if not known:
+        axes.set_yticks([])
+        return
+    axes.ticklabel_format(axis="y", useOffset=False, style="plain")
+    if is_from_zero:
+        axes.set_ylim(0, max(known) * 1.12 or 1.0)
+        return
+    middle, half = (max(known) + min(known)) / 2, max((max(known) - min(known)) * 0.58, 0.5)
+    axes.set_ylim(middle - half, middle + half)
+
+
+def _name_night_lines(axes: Axes, lines: Mapping[str, Sequence[float | None]], *, strong: str) -> None:
+    """Writes each name with its last value beside it; two that are close stand above and below each other."""
+    known = {name: [value for value in values if value is not None] for name, values in lines.items()}
+    ends = [(values[-1], name) for name, values in known.items() if values]
+    for order, (last, name) in enumerate(sorted(ends, reverse=True)):
+        axes.annotate(
+            f"{name} {last:.{3 if last < 10 else 2 if last < 1000 else 0}f}",
+            xy=(1, last), xycoords=axes.get_yaxis_transform(), xytext=(5, 0), textcoords="offset points",
+            fontsize=_SMALL + 0.5, color=_BLUE if name == strong else _MUTED,
+            va="center" if len(ends) == 1 else "top" if order else "bottom",
+        )  # fmt: skip
 
 
 def _draw_batch(axes: Axes, measured: list[Measurement]) -> None:

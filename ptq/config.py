@@ -25,6 +25,7 @@ Percentile = Annotated[float, Field(gt=0, le=100)]
 # The first look at a draw of adaptive length is after so many images.
 LEAST_ADAPTIVE_IMAGES = 32
 DIALECTS: tuple[Dialect, ...] = ("cpu", "tensorrt")
+_SCHEDULER = re.compile(r"(tcp|tls)://[^/:@\s]+:[0-9]{1,5}")
 
 
 class _Section(BaseModel):
@@ -393,6 +394,36 @@ class FallbackConfig(_Section):
     )
 
 
+class RunnerConfig(_Section):
+    """Where stages run of which there are many: parts of the calibration images, amax tables, candidates."""
+
+    name: Literal["threads", "dask"] = Field(
+        "threads",
+        description="threads: on the machine of the flow; dask: on the workers of a Dask cluster, with the same bits.",
+    )
+    address: str = Field(
+        "", description="Address of the Dask scheduler, such as tcp://10.0.0.5:8786; read where name is dask."
+    )
+    shards: int = Field(
+        8,
+        ge=1,
+        le=1024,
+        description=(
+            "Parts into which Dask workers take the drawn images, each with its place in the store; best a multiple of "
+            "the workers. One part where calibration.tolerance_percent is set."
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _has_address(self) -> "RunnerConfig":
+        if self.name == "dask" and not _SCHEDULER.fullmatch(self.address):
+            raise ValueError(
+                f"address is {self.address!r} and name 'dask': give the scheduler's address as tcp://host:port; "
+                "`make dask` starts a cluster at tcp://127.0.0.1:8786"
+            )
+        return self
+
+
 class OutputConfig(_Section):
     """Where results go."""
 
@@ -411,6 +442,7 @@ class PtqConfig(_Section):
     benchmark: BenchmarkConfig = Field(default_factory=BenchmarkConfig)
     gate: GateConfig = Field(default_factory=GateConfig)
     fallback: FallbackConfig = Field(default_factory=FallbackConfig)
+    runner: RunnerConfig = Field(default_factory=RunnerConfig)
     output: OutputConfig = Field(default_factory=OutputConfig)
 
     @model_validator(mode="after")

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 READS_AT_ONCE = 16
 # What was read is noted after so many objects, so that a run that is killed need not read them again.
 _NOTED_EVERY = 500
-_CHECKPOINT_ENDINGS = (".pth", ".pt", ".safetensors", ".onnx")
+CHECKPOINT_ENDINGS = (".pth", ".pt", ".safetensors", ".onnx")
 
 Progress = Callable[[int, int], None]
 
@@ -238,7 +238,7 @@ def _checkpoint_errors(uri: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise CheckpointError(
             f"Checkpoint {uri} does not exist, or its bucket does not. Give the URI of a "
-            f"{', '.join(_CHECKPOINT_ENDINGS)} file, and check AWS_ENDPOINT_URL_S3."
+            f"{', '.join(CHECKPOINT_ENDINGS)} file, and check AWS_ENDPOINT_URL_S3."
         ) from error
 
 
@@ -248,9 +248,9 @@ def _state(found: "RemoteObject") -> str:
 
 def _ending(uri: str) -> str:
     ending = PurePosixPath(uri).suffix.lower()
-    if ending not in _CHECKPOINT_ENDINGS:
+    if ending not in CHECKPOINT_ENDINGS:
         raise CheckpointError(
-            f'Checkpoint {uri} ends in "{ending[:20]}". Expected one of {", ".join(_CHECKPOINT_ENDINGS)}.'
+            f'Checkpoint {uri} ends in "{ending[:20]}". Expected one of {", ".join(CHECKPOINT_ENDINGS)}.'
         )
     return ending
 

@@ -647,7 +647,8 @@ RunDecision = Literal["accept", "reject", "regress", "inconclusive"]
 class RunResult:
     """What a run of `quantize_model` returns. `decision` is accept, reject (by the gate), regress or inconclusive.
 
-    `is_new` is False where nothing was published, or what was in service before.
+    `is_new` is False where nothing was published, or what was in service before. `page` is the run's page, empty
+    where there is no server.
     """
 
     run_id: str
@@ -662,6 +663,7 @@ class RunResult:
     top1_percent: float
     drop_pp: float
     is_new: bool
+    page: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,7 @@ from typing import Any
 from ptq.backends import Entry
 from ptq.errors import ArtifactError, UsageError
 from ptq.records import ArtifactRef
-from ptq.store import Store, artifact_refs, open_store
-
-__all__ = ["Amount", "Collection", "Restored", "collect_garbage", "open_store", "read_history", "restore_version"]
+from ptq.store import Store, artifact_refs, folder_of_uri, open_store
 
 DAY_S = 86_400.0
 # What a run has written, or is writing, may be named nowhere yet.
@@ -53,6 +51,20 @@ class Restored:
     model: str
     version: str
     replaced: str
+
+
+def existing_store(uri: str) -> Store:
+    """Returns the store at `uri`, which some run has written; nothing is created.
+
+    Raises:
+        UsageError: the URI's scheme is not known, or it names a folder that holds no store.
+        ArtifactError: the folder cannot be written.
+    """
+    root = folder_of_uri(uri)
+    if root is not None and not (root / "objects").is_dir():
+        what = "is no store: it has no folder objects" if root.is_dir() else "does not exist"
+        raise UsageError(f"{root} {what}. Expected the store of an earlier run. Give its folder or URI as --store.")
+    return open_store(uri)
 
 
 def read_history(store: Store, model: str) -> list[dict[str, Any]]:
@@ -115,6 +127,9 @@ def _objects_of(entry: dict[str, Any]) -> list[ArtifactRef]:
 
 
 def _is_usable(store: Store, ref: ArtifactRef) -> bool:
+    """Whether the object is whole in the store itself; this machine's cache may have one that the store has lost."""
+    if not store.has(ref):
+        return False
     try:
         store.get_path(ref)
     except ArtifactError:
@@ -124,6 +139,8 @@ def _is_usable(store: Store, ref: ArtifactRef) -> bool:
 
 def collect_garbage(store: Store, *, keep_days: float, now: float, delete: bool) -> Collection:
     """Removes what nothing needs any more, and says what it was.
+
+    Half-written are files that no rename has ended, and uploads in parts that were neither completed nor aborted.
 
     Kept are the objects that any version of any model names, the stage records that runs of the last days noted, with
     the objects these name, and whatever was written within a day. A stage record goes when an object goes that it
@@ -144,7 +161,8 @@ def collect_garbage(store: Store, *, keep_days: float, now: float, delete: bool)
     """
     if keep_days < 0:
         raise UsageError(f"--keep-days is {keep_days:g}; expected 0 or a number of days above.")
-    entries = {kind: list(store.backend.entries(f"{kind}/")) for kind in ("objects", "tmp", "damaged")}
+    entries = {kind: list(store.backend.entries(f"{kind}/")) for kind in ("objects", "damaged")}
+    unfinished = store.backend.unfinished(before=now, delete=False)
     records = [*store.backend.entries("stages/"), *store.backend.entries("remembered/")]
     named = dict(zip((entry.name for entry in records), _tokens(store, records), strict=True))
     since = now - keep_days * DAY_S
@@ -162,18 +180,20 @@ def collect_garbage(store: Store, *, keep_days: float, now: float, delete: bool)
         # Records first: what is cut off here leaves objects that nothing names, never records that name nothing.
         "stage records": [e for e in records if e.name not in kept_names and is_old[e.name] and named[e.name] & lost],
         "objects": [entry for entry in entries["objects"] if _sha256_of(entry) in lost],
-        "half-written files": [entry for entry in entries["tmp"] if entry.modified_at < now - _KEPT_ANYWAY_S],
+        "half-written": [entry for entry in unfinished if entry.modified_at < now - _KEPT_ANYWAY_S],
         "damaged": [entry for entry in entries["damaged"] if entry.modified_at < min(since, now - _KEPT_ANYWAY_S)],
     }
     if delete:
-        for entry in (entry for group in removed.values() for entry in group):
-            store.backend.delete(entry.name)
+        for kind in ("stage records", "objects", "damaged"):
+            for entry in removed[kind]:
+                store.backend.delete(entry.name)
+        store.backend.unfinished(before=now - _KEPT_ANYWAY_S, delete=True)
     every = {
-        "stage records": records, "objects": entries["objects"], "half-written files": entries["tmp"],
+        "stage records": records, "objects": entries["objects"], "half-written": unfinished,
         "damaged": entries["damaged"],
     }  # fmt: skip
-    gone = {entry.name for group in removed.values() for entry in group}
-    kept = {kind: [entry for entry in group if entry.name not in gone] for kind, group in every.items()}
+    gone = {kind: set(group) for kind, group in removed.items()}
+    kept = {kind: [entry for entry in group if entry not in gone[kind]] for kind, group in every.items()}
     return Collection(_amounts(kept), _amounts(removed), is_dry_run=not delete)
 
 

@@ -1,14 +1,16 @@
 """How does a store keep its bytes in an S3-compatible bucket?
 
 The only importer of boto3. The endpoint comes from `AWS_ENDPOINT_URL_S3` and the credentials from boto3's own chain,
-nowhere else. Requests that fail on the way are repeated by botocore, which waits longer each time; what it does not
-repeat, a body that ends early or is changed on the way, is repeated here. Whether bytes are the right ones is
-decided in `store.py`, by their SHA-256.
+nowhere else. A request that fails on the way is repeated by botocore within seconds; a server that is away for longer
+is waited for here, and a body that ends early or is changed on the way is asked for again. Whether bytes are the right
+ones is decided in `store.py`, by their SHA-256.
 """
 
 import base64
 import contextlib
 import hashlib
+import io
+import logging
 import os
 import queue
 import random
@@ -17,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qs, urlparse
@@ -36,17 +38,34 @@ MULTIPART_BYTES = 128 * MEBIBYTE
 _PART_BYTES = 16 * MEBIBYTE
 _PARTS_AT_ONCE = 4
 _CHUNK_BYTES = MEBIBYTE
-# Attempts at a request in botocore, whose waits double up to 20 s and share a quota of retries. Attempts at a body
-# here.
-_REQUEST_ATTEMPTS = 10
+# Attempts at a request in botocore, whose waits share a quota of retries. Its waits after a connection that failed
+# begin at 50 ms, so that ten attempts are over within 13 s: the long waits are made here.
+_REQUEST_ATTEMPTS = 4
 _BODY_ATTEMPTS = 5
+# A server that starts again, or a network that does, is away for some tens of seconds. What is away for longer is
+# down, and somebody should hear of it.
+PATIENCE_S = 60.0
+_LONGEST_WAIT_S = 5.0
 _MD5 = re.compile(r"^[0-9a-f]{32}$")
 _MISSING = ("404", "NoSuchKey", "NotFound")
 _REFUSED = ("412", "PreconditionFailed", "409", "ConditionalRequestConflict")
-_UNKNOWN = ("501", "NotImplemented")
+_UNKNOWN = ("501", "NotImplemented", "405", "MethodNotAllowed")
 # What a server says of bytes that were changed on their way to it, or of an upload that it forgot because of them.
-_CHANGED = ("BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch", "InvalidPart", "NoSuchUpload", "RequestTimeout")
-# What a connection that breaks within a body raises. What breaks before is repeated by botocore.
+_CHANGED = (
+    "BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch", "InvalidPart", "MalformedXML", "NoSuchUpload",
+    "RequestTimeout",
+)  # fmt: skip
+# What is raised where no server is there, or none that answers.
+_AWAY = (
+    faults.EndpointConnectionError,
+    faults.ConnectTimeoutError,
+    faults.ProxyConnectionError,
+    faults.ConnectionClosedError,
+    faults.ReadTimeoutError,
+)
+# What a server answers that starts or has too much to do, or a proxy whose server is away.
+_AWAY_STATUS = (500, 502, 503, 504)
+# What a connection that breaks within a body raises.
 _BROKEN_BODY = (
     faults.IncompleteReadError,
     faults.ResponseStreamingError,
@@ -57,6 +76,8 @@ _BROKEN_BODY = (
 )
 _PROBE = "inputs/probe"
 
+logger = logging.getLogger(__name__)
+
 Result = TypeVar("Result")
 
 
@@ -66,14 +87,16 @@ class S3Bucket:
     Args:
         uri: `s3://bucket/prefix`, with `?addressing=path` for a server that does not know buckets as host names.
         client: an S3 client of boto3's in place of a new one.
+        patience_s: seconds for which a server that is away is asked again.
 
     Raises:
         UsageError: the URI is not of this form.
     """
 
-    def __init__(self, uri: str, *, client: Any = None) -> None:
+    def __init__(self, uri: str, *, client: Any = None, patience_s: float = PATIENCE_S) -> None:
         self.bucket, self._prefix, addressing = parse_s3_uri(uri)
         self._client = client or new_client(addressing)
+        self._patience_s = patience_s
         self._honours_conditions: bool | None = None
 
     @property
@@ -101,14 +124,18 @@ class S3Bucket:
 
     def entry(self, name: str) -> Entry | None:
         """Returns what is kept under `name`; see `Backend`."""
-        with self._translated("look up", name):
+        where = {"Bucket": self.bucket, "Key": self._key(name)}
+
+        def attempt() -> dict[str, Any] | None:
             try:
-                found = self._client.head_object(Bucket=self.bucket, Key=self._key(name))
+                return dict(self._client.head_object(**where))
             except faults.ClientError as error:
                 if _code(error) in _MISSING:
                     return None
                 raise
-        return Entry(name, int(found["ContentLength"]), found["LastModified"].timestamp())
+
+        found = self._repeated("look up", name, attempt)
+        return None if found is None else Entry(name, int(found["ContentLength"]), found["LastModified"].timestamp())
 
     def entries(self, prefix: str) -> Iterator[Entry]:
         """Yields what is kept under a prefix; see `Backend`."""
@@ -127,7 +154,7 @@ class S3Bucket:
 
         def attempt() -> tuple[bytes, str]:
             response = self._open(name)
-            with _slow_bodies():
+            with slow_bodies():
                 data = response["Body"].read()
             _require_length(len(data), response)
             return data, str(response["ETag"])
@@ -139,7 +166,7 @@ class S3Bucket:
 
         def attempt() -> str:
             response = self._open(name)
-            with target.open("wb") as stream, _Digest() as digest, _slow_bodies():
+            with target.open("wb") as stream, _Digest() as digest, slow_bodies():
                 for chunk in response["Body"].iter_chunks(_CHUNK_BYTES):
                     digest.update(chunk)
                     stream.write(chunk)
@@ -148,15 +175,18 @@ class S3Bucket:
 
         return self._repeated("read", name, attempt)
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes, *, sha256: str = "") -> None:
         """Puts an object; see `Backend`."""
-        self._put(name, data)
+        self._put(name, data, sha256=sha256)
 
-    def write_file(self, name: str, path: Path) -> None:
+    def write_file(self, name: str, path: Path, *, sha256: str) -> None:
         """Puts a file, in parts above `MULTIPART_BYTES`; see `Backend`."""
         size = path.stat().st_size
+        if size <= _CHUNK_BYTES:
+            self._put(name, path.read_bytes(), sha256=sha256)
+            return
         if size <= MULTIPART_BYTES:
-            self._put(name, path.read_bytes())
+            self._repeated("write", name, lambda: self._put_file(name, path, sha256))
             return
         self._repeated("write", name, lambda: self._put_parts(name, path, size))
         kept = self.entry(name)
@@ -165,6 +195,16 @@ class S3Bucket:
                 f"{self.uri}/{name} has {kept.size_bytes if kept else 0} bytes after an upload of {size}. Expected all "
                 "of them. Run again; if it comes back, the server loses parts."
             )
+
+    def _put_file(self, name: str, path: Path, sha256: str) -> None:
+        """One put, with the SHA-256 that is known already; the tag is compared as in `_put`."""
+        with path.open("rb") as stream, path.open("rb") as digested, ThreadPoolExecutor(1) as threads:
+            # Its own thread and its own reads: beside the transfer it costs little.
+            md5 = threads.submit(hashlib.file_digest, digested, _md5)
+            response = self._client.put_object(
+                Bucket=self.bucket, Key=self._key(name), Body=_LargeBlocks(stream), ChecksumSHA256=_base64(sha256)
+            )
+        _require_arrived(response, md5.result().hexdigest())
 
     def _put_parts(self, name: str, path: Path, size: int) -> None:
         """One multipart upload, each part with its MD5; what was sent of it is forgotten if a part fails."""
@@ -186,7 +226,7 @@ class S3Bucket:
 
     def _put_part(self, where: dict[str, str], number: int, file: int) -> dict[str, Any]:
         data = os.pread(file, _PART_BYTES, (number - 1) * _PART_BYTES)
-        md5 = hashlib.md5(data, usedforsecurity=False)
+        md5 = _md5(data)
         response = self._client.upload_part(
             **where, PartNumber=number, Body=data, ContentMD5=base64.b64encode(md5.digest()).decode()
         )
@@ -209,19 +249,61 @@ class S3Bucket:
     def move(self, name: str, target: str) -> None:
         """Copies on the server and deletes; see `Backend`."""
         source = {"Bucket": self.bucket, "Key": self._key(name)}
-        with self._translated("move", name):
-            try:
-                self._client.copy_object(Bucket=self.bucket, Key=self._key(target), CopySource=source)
-            except faults.ClientError as error:
-                if _code(error) in _MISSING:
-                    return
-                raise
+        where = {"Bucket": self.bucket, "Key": self._key(target)}
+
+        def attempt() -> None:
+            with _nothing_where_missing():
+                self._client.copy_object(**where, CopySource=source)
+
+        self._repeated("move", name, attempt)
         self.delete(name)
 
     def delete(self, name: str) -> None:
         """Deletes an object; see `Backend`."""
-        with self._translated("delete", name):
-            self._client.delete_object(Bucket=self.bucket, Key=self._key(name))
+        where = {"Bucket": self.bucket, "Key": self._key(name)}
+        self._repeated("delete", name, lambda: self._client.delete_object(**where))
+
+    def unfinished(self, *, before: float, delete: bool) -> list[Entry]:
+        """The uploads in parts that were neither completed nor aborted, of unknown size; see `Backend`.
+
+        A server that cannot list them has none.
+        """
+        found = [upload for upload in self._uploads() if upload["Initiated"].timestamp() < before]
+        for upload in found if delete else ():
+            where = {"Bucket": self.bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+            self._repeated("abort", "objects/", partial(self._abort, where))
+        return [
+            Entry(str(upload["Key"]).removeprefix(self._prefix), 0, upload["Initiated"].timestamp()) for upload in found
+        ]
+
+    def _uploads(self) -> list[dict[str, Any]]:
+        # Only objects are uploaded in parts, and others may share the bucket.
+        where = {"Bucket": self.bucket, "Prefix": f"{self._prefix}objects/"}
+        found: list[dict[str, Any]] = []
+        while True:
+            try:
+                page = self._repeated("list uploads of", "objects/", partial(self._uploads_page, where))
+            except _UnknownRequest:
+                return []
+            found += page.get("Uploads", [])
+            if not page.get("IsTruncated"):
+                return found
+            where |= {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+    def _uploads_page(self, where: dict[str, str]) -> dict[str, Any]:
+        try:
+            return dict(self._client.list_multipart_uploads(**where))
+        except faults.ClientError as error:
+            if _code(error) == "NoSuchUpload":  # so rclone says that there is none
+                return {}
+            raise
+
+    def _abort(self, where: dict[str, str]) -> None:
+        try:
+            self._client.abort_multipart_upload(**where)
+        except faults.ClientError as error:
+            if _code(error) != "NoSuchUpload":  # it has ended since
+                raise
 
     def _key(self, name: str) -> str:
         return self._prefix + require_name(name)
@@ -234,25 +316,24 @@ class S3Bucket:
                 raise FileNotFoundError(f"{self.uri}/{name}") from error
             raise
 
-    def _put(self, name: str, data: bytes, **conditions: str) -> None:
+    def _put(self, name: str, data: bytes, *, sha256: str = "", **conditions: str) -> None:
         """Puts bytes with their SHA-256, and compares the tag where it is the MD5 of what arrived.
 
         Servers that do not know the SHA-256 know the MD5. Only small bytes, which are records and not yet verified
         by their name, are sent with both, so that no wrong record is ever there; the MD5 of a large object is
         computed while it is sent.
         """
-        checksum = base64.b64encode(hashlib.sha256(data).digest()).decode()
+        where = {"Bucket": self.bucket, "Key": self._key(name)}
+        checksum = _base64(sha256 or hashlib.sha256(data).hexdigest())
         checked = dict(conditions)
         if len(data) <= _CHUNK_BYTES:
-            checked["ContentMD5"] = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
+            checked["ContentMD5"] = _base64(_md5(data).hexdigest())
 
         def attempt() -> None:
-            with _Digest("md5") as digest:
-                digest.update(data)
-                response = self._client.put_object(
-                    Bucket=self.bucket, Key=self._key(name), Body=data, ChecksumSHA256=checksum, **checked
-                )
-            _require_arrived(response, digest.hexdigest)
+            with ThreadPoolExecutor(1) as threads:
+                md5 = threads.submit(_md5, data)
+                response = self._client.put_object(**where, Body=data, ChecksumSHA256=checksum, **checked)
+            _require_arrived(response, md5.result().hexdigest())
 
         self._repeated("write", name, attempt)
 
@@ -267,30 +348,16 @@ class S3Bucket:
         return True
 
     def _repeated(self, doing: str, name: str, attempt: Callable[[], Result]) -> Result:
-        """Returns what `attempt` returns, made again where a body broke."""
-        for number in range(1, _BODY_ATTEMPTS + 1):
-            with self._translated(doing, name, is_last=number == _BODY_ATTEMPTS):
-                return attempt()
-            # Spread, so that many readers do not come back at once.
-            time.sleep(random.uniform(0.1, 0.3) * 2**number)
-        raise AssertionError("the last attempt returns or raises")
-
-    @contextlib.contextmanager
-    def _translated(self, doing: str, name: str, *, is_last: bool = True) -> Iterator[None]:
-        """Turns botocore's exceptions into ArtifactError; swallows a broken body unless `is_last`."""
+        """Returns what `attempt` returns, made again as in `repeated`; botocore's exceptions become ArtifactError."""
         try:
-            yield
-        except _BROKEN_BODY as error:
-            if is_last:
-                raise self._error(doing, name, error) from error
+            return repeated(attempt, patience_s=self._patience_s)
         except faults.ClientError as error:
             if _code(error) in _REFUSED:
                 raise _Refused(name) from error
             if _code(error) in _UNKNOWN:
                 raise _UnknownRequest(str(self._error(doing, name, error))) from error
-            if is_last or _code(error) not in _CHANGED:
-                raise self._error(doing, name, error) from error
-        except (faults.BotoCoreError, boto3.exceptions.Boto3Error) as error:
+            raise self._error(doing, name, error) from error
+        except (*_BROKEN_BODY, faults.BotoCoreError, boto3.exceptions.Boto3Error) as error:
             raise self._error(doing, name, error) from error
 
     def _error(self, doing: str, name: str, error: Exception) -> ArtifactError:
@@ -302,9 +369,9 @@ class S3Bucket:
         said = _without_secrets(" ".join(str(error).split())[:300])
         endpoint = _without_secrets(self._client.meta.endpoint_url)
         return ArtifactError(
-            f"Cannot {doing} {self.uri}/{name} at {endpoint}: {said}. Expected a server that answers and a bucket that "
-            "may be read and written. Check AWS_ENDPOINT_URL_S3, the bucket and the permissions; a run that is started "
-            "again goes on where this one stopped."
+            f"Cannot {doing} {self.uri}/{name} at {endpoint}{waited_for(error, self._patience_s)}: {said}. Expected a "
+            "server that answers and a bucket that may be read and written. Check AWS_ENDPOINT_URL_S3, the bucket and "
+            "the permissions; a run that is started again goes on where this one stopped."
         )
 
 
@@ -316,21 +383,98 @@ class _UnknownRequest(ArtifactError):
     """The server does not know what it was asked for."""
 
 
+def repeated(attempt: Callable[[], Result], *, patience_s: float) -> Result:
+    """Returns what `attempt` returns, made again where a body broke on the way or the server was away.
+
+    Args:
+        attempt: what may be done twice. botocore has repeated its requests by the time that it raises.
+        patience_s: seconds since the first attempt, after which a server that is away is not asked again.
+
+    Raises:
+        Exception: what the last attempt raised.
+    """
+    started = time.monotonic()
+    broken = waits = 0
+    while True:
+        try:
+            return attempt()
+        except Exception as error:
+            left_s = started + patience_s - time.monotonic()
+            if is_away(error) and left_s > 0:
+                limit_s = min(left_s, _LONGEST_WAIT_S)
+                if not waits:
+                    logger.warning("The S3 server is away (%s); waiting up to %.0f s.", type(error).__name__, left_s)
+            elif _is_broken(error) and broken < _BODY_ATTEMPTS - 1:
+                broken += 1
+                limit_s = _LONGEST_WAIT_S
+            else:
+                raise
+        waits += 1
+        # Spread, so that many clients do not come back at once.
+        time.sleep(min(limit_s, random.uniform(0.1, 0.3) * 2**waits))
+
+
+def is_away(error: Exception) -> bool:
+    """Whether an exception says that no server is there, or none that can answer at the moment."""
+    if isinstance(error, faults.ClientError):
+        return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") in _AWAY_STATUS
+    return isinstance(error, _AWAY)
+
+
+def _is_broken(error: Exception) -> bool:
+    """Whether bytes were lost or changed on their way, in either direction."""
+    return isinstance(error, _BROKEN_BODY) or (isinstance(error, faults.ClientError) and _code(error) in _CHANGED)
+
+
+def waited_for(error: Exception, patience_s: float) -> str:
+    """What an error's message says of the time for which the server was waited for."""
+    return f" within {patience_s:g} s" if is_away(error) else ""
+
+
 @contextlib.contextmanager
-def _slow_bodies() -> Iterator[None]:
-    """Tells a body that does not come from a request that is not answered, which botocore has repeated by then."""
+def _nothing_where_missing() -> Iterator[None]:
+    """Lets nothing happen where the object is gone."""
+    try:
+        yield
+    except faults.ClientError as error:
+        if _code(error) not in _MISSING:
+            raise
+
+
+@contextlib.contextmanager
+def slow_bodies() -> Iterator[None]:
+    """Tells a body that does not come from a request that is not answered: the latter is waited for by the clock."""
     try:
         yield
     except faults.ReadTimeoutError as error:
         raise TimeoutError(str(error)) from error
 
 
-class _Digest:
-    """A digest in a thread of its own, so that it costs no time beside a transfer."""
+class _LargeBlocks(io.RawIOBase):
+    """A file that is read in blocks of its own size: the HTTP client asks for 16 KiB, each of which costs a send.
 
-    def __init__(self, kind: str = "sha256") -> None:
+    What a read returns is overwritten by the next.
+    """
+
+    def __init__(self, stream: io.BufferedReader) -> None:
+        self._stream = stream.raw
+        self._block = memoryview(bytearray(_CHUNK_BYTES))
+
+    def read(self, size: int = -1, /) -> Any:
+        return self._block[: self._stream.readinto(self._block)]
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        return self._stream.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+
+class _Digest:
+    """A SHA-256 in a thread of its own, so that it costs no time beside a transfer."""
+
+    def __init__(self) -> None:
         self.hexdigest = ""
-        self._kind = kind
         self._chunks: queue.Queue[bytes | None] = queue.Queue(maxsize=8)
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -346,7 +490,7 @@ class _Digest:
         self._chunks.put(chunk)
 
     def _run(self) -> None:
-        digest = hashlib.new(self._kind, usedforsecurity=False)
+        digest = hashlib.sha256()
         while (chunk := self._chunks.get()) is not None:
             digest.update(chunk)
         self.hexdigest = digest.hexdigest()
@@ -420,6 +564,15 @@ def new_client(addressing: str) -> Any:
             f"boto3 cannot make an S3 client: {error}. Expected a region and valid settings; set AWS_DEFAULT_REGION, "
             "for a server of your own to us-east-1."
         ) from error
+
+
+def _base64(hexdigest: str) -> str:
+    """A digest as S3 takes it."""
+    return base64.b64encode(bytes.fromhex(hexdigest)).decode()
+
+
+def _md5(data: bytes = b"") -> "hashlib._Hash":
+    return hashlib.md5(data, usedforsecurity=False)
 
 
 def _code(error: faults.ClientError) -> str:

@@ -4,11 +4,8 @@ Reads only, and takes any key. Endpoint and credentials are those of `s3_backend
 tells here whether an object was touched, never what is in it.
 """
 
-import contextlib
 import hashlib
-import random
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,21 +14,13 @@ from botocore import exceptions as faults
 from botocore.parsers import ResponseParserError
 
 from ptq.errors import ArtifactError, UsageError
-from ptq.s3_backend import new_client
+from ptq.s3_backend import PATIENCE_S, new_client, repeated, slow_bodies, waited_for
 
 _CHUNK_BYTES = 2**20
-_BODY_ATTEMPTS = 5
 _MISSING = ("404", "NoSuchKey", "NotFound", "NoSuchVersion")
 _DENIED = ("401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch")
-_BROKEN_BODY = (
-    faults.IncompleteReadError,
-    faults.ReadTimeoutError,
-    faults.ResponseStreamingError,
-    faults.ConnectionClosedError,
-    ResponseParserError,
-    ConnectionError,
-    TimeoutError,
-)
+# What is no fault of botocore's own kind, where a body breaks.
+_BROKEN_BODY = (ResponseParserError, ConnectionError, TimeoutError)
 
 Result = TypeVar("Result")
 
@@ -76,21 +65,30 @@ class RemoteObjects:
     """Objects of any bucket that the credentials may read.
 
     Every method raises ArtifactError where the server cannot be reached or refuses.
+
+    Args:
+        patience_s: seconds for which a server that is away is asked again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, patience_s: float = PATIENCE_S) -> None:
         self._client = new_client("auto")
+        self._patience_s = patience_s
 
     def find(self, uri: str) -> RemoteObject | None:
         """Returns what is at `uri`, None if nothing is."""
         bucket, key = split_uri(uri)
-        with self._translated(uri):
+
+        def attempt() -> dict[str, Any] | None:
             try:
-                found = self._client.head_object(Bucket=bucket, Key=key)
+                return dict(self._client.head_object(Bucket=bucket, Key=key))
             except faults.ClientError as error:
                 if _code(error) in _MISSING:
                     return None
                 raise
+
+        found = self._repeated(uri, attempt)
+        if found is None:
+            return None
         version = str(found.get("VersionId") or "")
         return RemoteObject(
             bucket, key, int(found["ContentLength"]), str(found["ETag"]),
@@ -117,7 +115,8 @@ class RemoteObjects:
 
         def attempt() -> bytes:
             response = self._open(Bucket=bucket, Key=key)
-            data = bytes(response["Body"].read())
+            with slow_bodies():
+                data = bytes(response["Body"].read())
             _require_length(len(data), response)
             return data
 
@@ -130,7 +129,7 @@ class RemoteObjects:
         def attempt() -> str:
             response = self._open(Bucket=found.bucket, Key=found.key, IfMatch=found.etag, **version)
             digest = hashlib.sha256()
-            with target.open("wb") as stream:
+            with target.open("wb") as stream, slow_bodies():
                 for chunk in response["Body"].iter_chunks(_CHUNK_BYTES):
                     digest.update(chunk)
                     stream.write(chunk)
@@ -151,22 +150,10 @@ class RemoteObjects:
             raise
 
     def _repeated(self, uri: str, attempt: Callable[[], Result]) -> Result:
-        """Returns what `attempt` returns, made again where a body broke."""
-        for number in range(1, _BODY_ATTEMPTS + 1):
-            with self._translated(uri, is_last=number == _BODY_ATTEMPTS):
-                return attempt()
-            time.sleep(random.uniform(0.1, 0.3) * 2**number)
-        raise AssertionError("the last attempt returns or raises")
-
-    @contextlib.contextmanager
-    def _translated(self, uri: str, *, is_last: bool = True) -> Iterator[None]:
-        """Turns botocore's exceptions into ArtifactError; swallows a broken body unless `is_last`."""
+        """Returns what `attempt` returns, made again as in `repeated`; botocore's exceptions become ArtifactError."""
         try:
-            yield
-        except _BROKEN_BODY as error:
-            if is_last:
-                raise self._error(uri, error) from error
-        except (faults.BotoCoreError, faults.ClientError) as error:
+            return repeated(attempt, patience_s=self._patience_s)
+        except (*_BROKEN_BODY, faults.BotoCoreError, faults.ClientError) as error:
             raise self._error(uri, error) from error
 
     def _error(self, uri: str, error: Exception) -> ArtifactError:
@@ -184,8 +171,9 @@ class RemoteObjects:
             )
         said = " ".join(str(error).split())[:300]
         return ArtifactError(
-            f"Cannot read {uri} at {self._client.meta.endpoint_url}: {said}. Expected a server that answers. Check "
-            "AWS_ENDPOINT_URL_S3 and the network; a run that is started again goes on where this one stopped."
+            f"Cannot read {uri} at {self._client.meta.endpoint_url}{waited_for(error, self._patience_s)}: {said}. "
+            "Expected a server that answers. Check AWS_ENDPOINT_URL_S3 and the network; a run that is started again "
+            "goes on where this one stopped."
         )
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 from urllib.parse import unquote, urlparse
 
 from ptq.backends import Backend, LocalFolder, disk_errors
@@ -37,6 +37,8 @@ _SEQUENCE = re.compile(r"([0-9]{6})[-.]")
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+# What `Store.claim` finds: nothing, a claim that was left behind, one that somebody is at work on, a confirmed one.
+ClaimState = Literal["first", "again", "held", "done"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +70,26 @@ def open_store(uri: str) -> "Store":
         UsageError: the URI's scheme is not known.
         ArtifactError: the folder cannot be created or written.
     """
-    if "://" not in uri:
-        return Store(LocalFolder(Path(uri).expanduser().absolute()))
-    parsed = urlparse(uri)
-    if parsed.scheme == "s3":
+    root = folder_of_uri(uri)
+    if root is None:
         # Imported here: boto3 takes half a second, which runs on a local folder need not wait for.
         from ptq.s3_backend import bucket_at
 
         return Store(bucket_at(uri))
+    return Store(LocalFolder(root))
+
+
+def folder_of_uri(uri: str) -> Path | None:
+    """Returns the folder that a store's URI names, None for a bucket.
+
+    Raises:
+        UsageError: the URI's scheme is not known.
+    """
+    if "://" not in uri:
+        return Path(uri).expanduser().absolute()
+    parsed = urlparse(uri)
+    if parsed.scheme == "s3":
+        return None
     if parsed.scheme != "file":
         raise UsageError(
             f"output.store is {re.sub('//[^/@]*@', '//...@', uri)!r}; expected file:///absolute/folder, "
@@ -85,7 +99,7 @@ def open_store(uri: str) -> "Store":
         raise UsageError(
             f"output.store is {uri!r}; write # and ? in a file:// URI as %23 and %3F, or give a plain path."
         )
-    return Store(LocalFolder(Path(unquote(parsed.netloc + parsed.path)).expanduser().absolute()))
+    return Path(unquote(parsed.netloc + parsed.path)).expanduser().absolute()
 
 
 class Store:
@@ -113,7 +127,7 @@ class Store:
         """Stores `data` and returns its reference; a known object is not written again."""
         ref = ArtifactRef(name=name, sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data))
         if not self._was_put_lately(ref):
-            self.backend.write(_object_name(ref), data)
+            self.backend.write(_object_name(ref), data, sha256=ref.sha256)
         return ref
 
     def put_file(self, path: Path, name: str = "") -> ArtifactRef:
@@ -122,7 +136,7 @@ class Store:
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
         ref = ArtifactRef(name=name or path.name, sha256=sha256, size_bytes=path.stat().st_size)
         if not self._was_put_lately(ref):
-            self.backend.write_file(_object_name(ref), path)
+            self.backend.write_file(_object_name(ref), path, sha256=sha256)
         return ref
 
     def _was_put_lately(self, ref: ArtifactRef) -> bool:
@@ -298,6 +312,55 @@ class Store:
         notes = [note for note in self._mapped(self._read_listed, names) if note is not None]
         return sorted(notes, key=lambda note: note["noted_at"])
 
+    def append(self, kind: str, name: str, body: Mapping[str, Any]) -> None:
+        """Adds a document to those of that kind and name; those before it stay as they are."""
+        self.backend.write(f"{_folder_of(kind, name)}/{time.time_ns()}-{uuid.uuid4().hex[:8]}.json", _document(body))
+
+    def appended(self, kind: str, name: str, *, last: int) -> list[dict[str, Any]]:
+        """Returns the last documents of that kind and name, oldest first; a damaged one is left out, and in its place.
+
+        `last` bounds how many are read.
+        """
+        names = sorted(entry.name for entry in self.backend.entries(f"{_folder_of(kind, name)}/"))
+        found = self._mapped(self._read_listed, names[max(len(names) - last, 0) :])
+        return [document for document in found if document is not None]
+
+    def claim(self, kind: str, key: str, body: Mapping[str, Any], *, unconfirmed_s: float) -> ClaimState:
+        """Claims what has to be done once, whoever does it. See `confirm`.
+
+        Args:
+            kind: what is done, a name of letters, digits, '.', '_' and '-'.
+            key: to what, a name of the same characters.
+            body: what to note of it, as JSON.
+            unconfirmed_s: seconds after which a claim that nobody confirmed is taken over.
+
+        Returns:
+            `first`, where nobody claimed it before, and `again`, where a claim was taken over whose work may or may
+            not have been done: the caller does it. `held`, where somebody else is at work, and `done`, where it was
+            confirmed. Of several that claim at once one alone is told to do it, except on a server that ignores
+            conditions.
+        """
+        name = f"claims/{_folder_of(kind, key)}.json"
+        # Unlike every other: a server that was asked twice tells a claim of one's own by its bytes.
+        mine = {**body, "state": "claimed", "claimant": uuid.uuid4().hex, "claimed_at": time.time()}
+        try:
+            found, tag = self._read_tagged(name)
+        except FileNotFoundError:
+            return "first" if self.backend.create(name, _document(mine)) else "held"
+        if found is None:
+            self._set_aside(name)
+            return "again" if self.backend.create(name, _document(mine)) else "held"
+        if found["state"] == "confirmed":
+            return "done"
+        if time.time() - found["claimed_at"] < unconfirmed_s:
+            return "held"
+        return "again" if self.backend.replace(name, _document(mine), tag=tag) else "held"
+
+    def confirm(self, kind: str, key: str, body: Mapping[str, Any]) -> None:
+        """Notes that what was claimed has been done, and what to note of it; nobody does it again. See `claim`."""
+        document = _document({**body, "state": "confirmed", "confirmed_at": time.time()})
+        self.backend.write(f"claims/{_folder_of(kind, key)}.json", document)
+
     def publish(self, model: str, version: str, entry: Mapping[str, Any]) -> str:
         """Appends a version to a model's history and moves `latest.json` to it.
 
@@ -418,6 +481,13 @@ def _model_folder(model: str) -> str:
     if not _NAME.fullmatch(model):
         raise UsageError(f"model.publish_as is {model!r}; expected letters, digits, '.', '_' and '-' alone.")
     return f"models/{model}"
+
+
+def _folder_of(kind: str, name: str) -> str:
+    for part in (kind, name):
+        if not _NAME.fullmatch(part):
+            raise UsageError(f"{part!r} cannot be a name in a store; expected letters, digits, '.', '_' and '-' alone.")
+    return f"{kind}/{name}"
 
 
 def _document(body: Mapping[str, Any]) -> bytes:

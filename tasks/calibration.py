@@ -1,4 +1,7 @@
-"""The stage that collects calibration statistics."""
+"""Stages that collect calibration statistics, in one piece or in shards, and what is computed from their means."""
+
+from collections.abc import Sequence
+from dataclasses import replace
 
 from prefect.logging import get_run_logger
 
@@ -8,6 +11,7 @@ from ptq.config import Normalization, StoppingRule
 from ptq.histogram import bytes_from_trials
 from ptq.preparation import observed_model, plan_from_file
 from ptq.records import ArtifactRef, CalibrationDraws, ModelRecord, StatisticsRecord
+from ptq.shards import bytes_from_shard, draws_of_shard, merge_shards
 from ptq.store import open_store
 from tasks.progress import progress_logger
 from tasks.stage import RunContext, stage
@@ -62,6 +66,65 @@ def collect_statistics(
         channel_means=store.put_bytes(npz_from_arrays(means_by_name(found.trials, plan=plan)), "channel_means.npz"),
         tensors=tuple(spec.name for spec in plan.activations),
         draws=found.draws,
+    )
+
+
+@stage(
+    returns=ArtifactRef, timeout_seconds=None, ignore=("threads",), run_name="collect_shard-{shard}", machine="shared"
+)
+def collect_shard(
+    model: ModelRecord,
+    draws: CalibrationDraws,
+    normalization: Normalization,
+    shard: int,
+    *,
+    shards: int,
+    bins: int,
+    threads: int,
+    device: str = "",
+    run: RunContext,
+) -> ArtifactRef:
+    """Collect the statistics of every trial over one of `shards` parts of the drawn images; see `collect_statistics`.
+
+    Reads the store alone, so that it can run on any machine that sees it.
+    """
+    store = open_store(run.store_uri)
+    plan = plan_from_file(store.get_path(model.plan))
+    part = replace(draws, indices=draws_of_shard(draws.indices, shard=shard, shards=shards))
+    on_device = None
+    if device and model.source == "torch":
+        observed = observed_model(
+            store.get_path(model.weights), plan=plan, name=model.name, num_classes=model.num_classes,
+            input_shape=model.input_shape,
+        )  # fmt: skip
+        on_device = ObservedOnDevice(observed, device)
+    found = trials_from_files(
+        observed_onnx=store.get_path(model.observed_onnx), plan=plan, pixels=store.get_path(draws.prepared.pixels),
+        labels=store.get_path(draws.prepared.labels), files=store.get_path(draws.prepared.sha256_of_files),
+        draws=part, class_names=model.class_names, stopping=None, mean=normalization.mean, std=normalization.std,
+        bins=bins, threads=threads, on_device=on_device, progress=progress_logger(f"Images of shard {shard}"),
+    )  # fmt: skip
+    get_run_logger().info("Collected shard %d of %d: %d histograms", shard, shards, len(plan.activations))
+    return store.put_bytes(bytes_from_shard(found.trials), f"shard-{shard}.npz")
+
+
+@stage(returns=StatisticsRecord, timeout_seconds=3600)
+def merge_statistics(
+    shards: Sequence[ArtifactRef], model: ModelRecord, draws: CalibrationDraws, *, run: RunContext
+) -> StatisticsRecord:
+    """Put the shards together; the record and its objects have the bytes that `collect_statistics` gives them."""
+    store = open_store(run.store_uri)
+    plan = plan_from_file(store.get_path(model.plan))
+    trials = merge_shards(store.get_bytes(shard) for shard in shards)
+    get_run_logger().info(
+        "Merged %d shards: %d histograms for %d trials from %d images",
+        len(shards), len(plan.activations), len(trials), draws.prepared.images,
+    )  # fmt: skip
+    return StatisticsRecord(
+        histograms=store.put_bytes(bytes_from_trials([trial.histograms for trial in trials]), "histograms.npz"),
+        channel_means=store.put_bytes(npz_from_arrays(means_by_name(trials, plan=plan)), "channel_means.npz"),
+        tensors=tuple(spec.name for spec in plan.activations),
+        draws=draws,
     )
 
 

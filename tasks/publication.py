@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from prefect import task
+from prefect import runtime, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
@@ -95,6 +95,7 @@ def write_report(config: PtqConfig, findings: RunFindings, *, run: RunContext) -
         top1_percent=report.verdict.best.top1_percent,
         drop_pp=report.verdict.best.drop_pp,
         is_new=findings.publication.is_new,
+        page=runtime.flow_run.ui_url or "",
     )
 
 

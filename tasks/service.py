@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prefect import task
+from prefect.artifacts import create_markdown_artifact
 from prefect.blocks.core import Block
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
@@ -82,8 +83,16 @@ def turn_of(model: str) -> Iterator[None]:
 def announce(result: RunResult, notify: Sequence[str]) -> None:
     """Emit `model.published` or `model.rejected`, and tell the notification blocks of a model that was rejected.
 
-    Nothing is said of a model that was in service before, unchanged.
+    Nothing is said of a model that was in service before, unchanged. The page of the run that called this gets the
+    decision and a link to the page with the report.
     """
+    link = f"\n\n[Verdict, tables, box plot and graph checks]({result.page})" if result.page else ""
+    reasons = "\n".join(f"- {reason}" for reason in result.reasons)
+    create_markdown_artifact(
+        key="ptq-decision",
+        markdown=f"**{result.sentence}**\n\n{reasons}{link}\n",
+        description="Decision, and where to look",
+    )
     if result.accepted and not result.is_new:
         get_run_logger().info("%s version %s is in service already", result.model, result.version)
         return

@@ -1,6 +1,7 @@
 """Fixtures that several folders of tests share."""
 
 import os
+import tempfile
 import uuid
 
 import numpy as np
@@ -14,6 +15,11 @@ import ptq.engines.openvino  # noqa: F401 - a test that imports OpenVINO itself 
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+# Runs of the tests wait for each other, not for those of whoever uses this machine.
+_LOCKS = tempfile.TemporaryDirectory(prefix="ptq-test-locks-")
+os.environ["PTQ_LOCK_DIR"] = _LOCKS.name
+# Events are in the database, where tests look for them, after half a second rather than five.
+os.environ.setdefault("PREFECT_SERVER_SERVICES_EVENT_PERSISTER_FLUSH_INTERVAL", "0.5")
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ NOUNS = ("ptq.config", "ptq.records", "ptq.errors")
 EXTRA_FOR = {"flows/cli.py": ("ptq.verdict", "ptq.terminal", "ptq.commands", "ptq.demo_data", "ptq.retention")}
 
 # What stages share. Any other import from one task module to another goes sideways.
-SHARED_TASK_MODULES = ("tasks.retries", "tasks.stage", "tasks.progress")
+SHARED_TASK_MODULES = ("tasks.retries", "tasks.stage", "tasks.progress", "tasks.announcements", "tasks.dask_stages")
 
 # The files that may import a heavy library; torch and numpy may be imported anywhere below the flows.
 HOMES = {
@@ -46,8 +46,10 @@ HOMES = {
     "PIL": {"ptq/images.py", "ptq/demo_data.py"},
     "sklearn": {"ptq/demo_data.py"},
     "matplotlib": {"ptq/charts.py"},
-    "jinja2": {"ptq/report.py"},
+    "jinja2": {"ptq/report.py", "ptq/history_page.py"},
     "torchvision": {"ptq/models.py"},
+    "distributed": {"tasks/dask_stages.py"},
+    "prefect_dask": {"tasks/dask_stages.py"},
 }
 HEAVY = {*HOMES, "torch", "onnx", "numba", "scipy"}
 

@@ -259,7 +259,15 @@ def test_a_published_model_has_a_history_that_can_be_restored_and_a_store_to_cle
 
 
 def test_history_and_restore_of_what_is_not_there_are_wrong_usage(run, tmp_path):
+    (tmp_path / "store" / "objects").mkdir(parents=True)
     code, _, err = run("history", "small", "--store", tmp_path / "store")
     assert (code, "The models there are: none" in err) == (2, True)
     code, _, err = run("restore", "small", "aa", "--store", tmp_path / "store")
     assert code == 2
+
+
+@pytest.mark.parametrize("command", [("history", "small"), ("restore", "small", "aa"), ("gc", "--delete")])
+def test_a_store_that_does_not_exist_is_wrong_usage_and_is_not_created(run, tmp_path, command):
+    code, _, err = run(*command, "--store", tmp_path / "stroe")
+    assert (code, "stroe does not exist. Expected the store of an earlier run." in " ".join(err.split())) == (2, True)
+    assert not (tmp_path / "stroe").exists()

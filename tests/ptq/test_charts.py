@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ptq.charts import box_plot_png, latency_bars_png
+from ptq.charts import box_plot_png, latency_bars_png, nights_png
 from ptq.records import BenchmarkRecord, EngineIdentity, Measurement
 
 METHODS = {"max": [81.2, 82.1, 83.0], "entropy": [84.6, 84.8, 84.7]}
@@ -119,3 +119,66 @@ def test_any_number_of_batch_sizes_fits_on_the_picture(batch_sizes):
 def test_a_benchmark_without_measurements_cannot_be_drawn():
     with pytest.raises(ValueError, match="holds no measurements"):
         latency_bars_png(benchmark())
+
+
+BLUE = (0x25, 0x63, 0xA8)
+
+
+def over_nights(*values, **named):
+    options = {"labels": [str(night) for night in range(len(values))], "title": "Top-1, %", "is_from_zero": False}
+    return pixels(nights_png({"INT8": values}, **(options | named)))
+
+
+def has_blue(columns):
+    return bool((columns == BLUE).all(axis=-1).any())
+
+
+def test_a_picture_of_nights_is_a_png_of_660_by_253_pixels_with_the_same_bytes_twice():
+    drawn = [
+        nights_png({"INT8": [97.5, None], "FP32": [98.0, None]}, labels=["1", "2"], title="", is_from_zero=False)
+        for _ in range(2)
+    ]
+    with Image.open(io.BytesIO(drawn[0])) as image:
+        assert image.size == (660, 253)
+    assert drawn[0] == drawn[1]
+    assert b"atplotlib" not in drawn[0]
+
+
+def test_bad_nights_are_red_and_only_they():
+    good, bad = over_nights(97.0, 98.0), over_nights(97.0, 98.0, bad=[1])
+    assert not is_red(good).any()
+    assert is_red(bad).sum() > 10
+
+
+def test_a_failed_night_is_a_red_cross_on_the_ground():
+    crossed = is_red(over_nights(97.0, None, 98.0, bad=[1]))
+    assert crossed.sum() > 10
+    assert np.flatnonzero(crossed.any(axis=1)).min() > 180
+
+
+def test_a_line_is_cut_where_another_machine_begins():
+    values = (1.0,) * 8
+    labels = [""] * 8
+    joined, cut = (over_nights(*values, labels=labels, changes=changes) for changes in ({}, {4: "on B"}))
+    # Between the dots of the fourth and the fifth night, beside the dashed line.
+    between = slice(285, 300)
+    assert has_blue(joined[45:200, between])
+    assert not has_blue(cut[45:200, between])
+
+
+def test_bars_begin_at_zero_and_a_bad_one_is_red():
+    picture = over_nights(10.0, 5.0, is_bar=True, is_from_zero=True, bad=[1])
+    blue, red = (picture == BLUE).all(axis=-1), is_red(picture)
+    tall, short = (np.ptp(np.flatnonzero(part.any(axis=1))) for part in (blue, red))
+    assert abs(tall / short - 2) < 0.05  # rows of pixels are whole
+
+
+def test_ninety_nights_without_any_value_are_drawn():
+    assert is_red(over_nights(*[None] * 90, bad=range(90))).sum() > 500
+
+
+def test_nights_without_labels_or_with_too_few_values_are_refused():
+    with pytest.raises(ValueError, match="Expected at least one night and one name, and one value a night"):
+        nights_png({"INT8": []}, labels=[], title="", is_from_zero=False)
+    with pytest.raises(ValueError, match=r"There are 2 labels of nights, and numbers of values \{'INT8': 1\}"):
+        nights_png({"INT8": [1.0]}, labels=["1", "2"], title="", is_from_zero=False)

@@ -1,7 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
-from ptq.config import CalibrationConfig, PtqConfig, in_method_order
+from ptq.config import CalibrationConfig, PtqConfig, RunnerConfig, in_method_order
 
 MODEL = {"model": {"name": "resnet18", "checkpoint": "a.pth"}, "data": {"path": "images"}}
 
@@ -79,3 +79,18 @@ def test_the_stopping_rule_asks_for_every_method_of_the_calibration():
 def test_a_tolerance_that_cannot_be_judged_is_refused(settings, message):
     with pytest.raises(ValidationError, match=message):
         CalibrationConfig(tolerance_percent=2, **settings)
+
+
+@pytest.mark.parametrize("address", ["", "127.0.0.1:8786", "http://host:8786", "tcp://host", "tcp://user@host:8786"])
+def test_dask_without_the_address_of_a_scheduler_is_refused(address):
+    with pytest.raises(ValidationError, match=rf"address is '{address}' and name 'dask': give .* tcp://host:port"):
+        RunnerConfig(name="dask", address=address)
+
+
+@pytest.mark.parametrize("address", ["tcp://10.0.0.5:8786", "tls://scheduler.local:8786"])
+def test_dask_takes_the_address_of_a_scheduler(address):
+    assert RunnerConfig(name="dask", address=address).address == address
+
+
+def test_threads_need_no_address():
+    assert PtqConfig.model_validate(MODEL).runner.name == "threads"

@@ -1,21 +1,48 @@
 import os
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
+import s3_servers
+from botocore.exceptions import ClientError
 
-from ptq.backends import LocalFolder
 from ptq.errors import ArtifactError, UsageError
 from ptq.records import to_jsonable
-from ptq.retention import DAY_S, collect_garbage, read_history, restore_version
-from ptq.store import StageEntry, Store
+from ptq.retention import DAY_S, collect_garbage, existing_store, read_history, restore_version
+from ptq.store import StageEntry, Store, open_store
 
 NOW = datetime(2026, 11, 24, tzinfo=UTC)
 
 
+class AgingBackend:
+    """A backend whose entries can be made older: no server lets a client choose when an object was written."""
+
+    def __init__(self, backend):
+        self.plain = backend
+        self.days = {}
+
+    def __getattr__(self, name):
+        return getattr(self.plain, name)
+
+    def _aged(self, entry):
+        return entry and replace(entry, modified_at=entry.modified_at - self.days.get(entry.name, 0) * DAY_S)
+
+    def entry(self, name):
+        return self._aged(self.plain.entry(name))
+
+    def entries(self, prefix):
+        return map(self._aged, self.plain.entries(prefix))
+
+    def write(self, name, data, **more):
+        self.days.pop(name, None)
+        self.plain.write(name, data, **more)
+
+
 @pytest.fixture
-def store(tmp_path):
-    return Store(LocalFolder(tmp_path / "store"))
+def store(store):
+    """A store of each kind, whose content can be made older."""
+    return Store(AgingBackend(store.backend))
 
 
 def ref_of(store, text):
@@ -41,14 +68,15 @@ def finish(store, run, stage, key, *refs):
 
 def age(store, days):
     """Makes everything in the store so many days old."""
-    moment = time.time() - days * DAY_S
-    for path in store.backend.root.rglob("*"):
-        if path.is_file():
-            os.utime(path, (moment, moment))
+    store.backend.days = {entry.name: days for entry in store.backend.plain.entries("")}
 
 
-def collect(store, *, keep_days=30.0, delete=True):
-    found = collect_garbage(store, keep_days=keep_days, now=time.time(), delete=delete)
+def lose(store, ref):
+    store.backend.delete(f"objects/{ref.sha256[:2]}/{ref.sha256}")
+
+
+def collect(store, *, keep_days=30.0, delete=True, now=0.0):
+    found = collect_garbage(store, keep_days=keep_days, now=now or time.time(), delete=delete)
     return {amount.kind: amount.count for amount in found.removed if amount.count}
 
 
@@ -91,7 +119,8 @@ def test_a_version_that_is_not_told_apart_lists_those_there_are(store, version, 
 def test_a_version_whose_objects_are_gone_lists_them_and_stays_what_it_was(store):
     graph = publish(store, "small", "aa11")
     publish(store, "small", "bb22")
-    store.get_path(graph).unlink()
+    store.get_path(graph)
+    lose(store, graph)
     with pytest.raises(ArtifactError, match=rf"lost 1 of its objects: model_int8\.onnx \({graph.sha256[:12]}\)"):
         restore_version(store, "small", "aa11", now=NOW)
     assert store.latest("small")["version"] == "bb22"
@@ -167,13 +196,68 @@ def test_a_stage_that_is_found_while_garbage_is_collected_stays(store, monkeypat
     assert collect(store) == {}
 
 
-def test_half_written_and_damaged_files_go_when_they_are_old(store):
-    for folder in ("tmp", "damaged"):
-        (store.backend.root / folder / "1.2.3").write_bytes(b"half")
+def test_damaged_objects_go_when_they_are_old(store):
+    store.backend.write("damaged/1.2.3", b"half")
     age(store, 2)
-    assert collect(store, keep_days=30) == {"half-written files": 1}
+    assert collect(store, keep_days=30) == {}
     age(store, 31)
     assert collect(store, keep_days=30) == {"damaged": 1}
+
+
+def test_half_written_files_go_when_they_are_old(folder):
+    path = folder.backend.root / "tmp" / "1.2.3"
+    path.write_bytes(b"half")
+    assert collect(folder) == {}
+    os.utime(path, (time.time() - 2 * DAY_S,) * 2)
+    assert collect(folder, delete=False) == {"half-written": 1}
+    assert collect(folder) == {"half-written": 1}
+    assert collect(folder) == {}
+
+
+def test_uploads_that_never_ended_are_aborted_when_they_are_old(s3_server, s3_uri, monkeypatch):
+    store, client = open_store(s3_uri), s3_server.client()
+    listed, now = store.backend._client.list_multipart_uploads, datetime.now(UTC)
+
+    def begun_now(**where):
+        # moto tells one moment, years ago, for every upload.
+        page = listed(**where)
+        return page | {"Uploads": [each | {"Initiated": now} for each in page.get("Uploads", [])]}
+
+    monkeypatch.setattr(store.backend._client, "list_multipart_uploads", begun_now)
+    prefix = s3_uri.rpartition("/")[2]
+    started = [
+        {"Bucket": s3_servers.BUCKET, "Key": key}
+        for key in (f"{prefix}/objects/aa/{'a' * 64}", f"{prefix}/objects/ab/{'b' * 64}", f"another-{prefix}/objects/x")
+    ]
+    for where in started:
+        where["UploadId"] = client.create_multipart_upload(**where)["UploadId"]
+    assert collect(store) == {}
+    later = time.time() + 2 * DAY_S
+    assert collect(store, now=later, delete=False) == {"half-written": 2}
+    assert collect(store, now=later) == {"half-written": 2}
+    assert collect(store, now=later) == {}
+    assert "UploadId" in client.list_parts(**started[2])
+    client.abort_multipart_upload(**started[2])
+
+
+def test_a_server_that_cannot_list_uploads_is_left_alone(s3_server, s3_uri, monkeypatch):
+    store = open_store(s3_uri)
+
+    def refuse(**where):
+        raise ClientError({"Error": {"Code": "NotImplemented"}}, "ListMultipartUploads")
+
+    monkeypatch.setattr(store.backend._client, "list_multipart_uploads", refuse)
+    assert collect(store, now=time.time() + 2 * DAY_S) == {}
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_a_folder_that_is_no_store_is_named_and_stays_as_it_is(tmp_path, made):
+    if made:
+        (tmp_path / "stroe").mkdir()
+    expected = r"stroe (does not exist|is no store).*Expected the store of an earlier run\. Give .* --store\."
+    with pytest.raises(UsageError, match=expected):
+        existing_store(f"file://{tmp_path}/stroe")
+    assert list(tmp_path.rglob("*")) == ([tmp_path / "stroe"] if made else [])
 
 
 def test_history_latest_and_notes_are_never_removed(store):

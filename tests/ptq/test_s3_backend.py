@@ -13,6 +13,8 @@ from fault_proxy import FaultProxy
 from ptq import s3_backend
 from ptq.errors import ArtifactError, UsageError
 from ptq.object_cache import ObjectCache
+from ptq.records import ArtifactRef
+from ptq.s3_objects import RemoteObjects
 from ptq.store import Store, open_store
 
 DATA = np.random.default_rng(0).bytes(300_000)
@@ -20,12 +22,6 @@ DATA = np.random.default_rng(0).bytes(300_000)
 
 def object_name(ref):
     return f"objects/{ref.sha256[:2]}/{ref.sha256}"
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """Few attempts, so that what cannot succeed ends soon."""
-    monkeypatch.setattr(s3_backend, "_REQUEST_ATTEMPTS", 2)
 
 
 @pytest.fixture
@@ -73,11 +69,11 @@ def test_a_bucket_that_is_not_there_is_named(s3_server, call):
         }[call]()
 
 
-def test_an_endpoint_that_does_not_answer_is_named_without_its_password(s3_server, s3_uri, monkeypatch, quick):
+def test_an_endpoint_that_does_not_answer_is_named_without_its_password(s3_server, s3_uri, monkeypatch):
     port = s3_servers.free_port()
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://user:pass-word@127.0.0.1:{port}")
-    with pytest.raises(ArtifactError, match=rf"127\.0\.0\.1:{port}.*Check AWS_ENDPOINT_URL_S3") as raised:
-        open_store(s3_uri).put_bytes(b"abc", "a")
+    with pytest.raises(ArtifactError, match=rf"127\.0\.0\.1:{port} within 1 s: .*Check AWS_ENDPOINT_URL_S3") as raised:
+        Store(s3_backend.S3Bucket(s3_uri, patience_s=1.0)).put_bytes(b"abc", "a")
     assert "pass-word" not in str(raised.value)
 
 
@@ -150,12 +146,60 @@ def test_a_fault_on_the_way_is_overcome(through_proxy, kind, tmp_path):
     assert proxy.injected[kind] >= 1
 
 
-def test_a_server_that_is_away_for_a_while_is_waited_for(through_proxy):
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda store, ref: store.get_bytes(ref),
+        lambda store, ref: store.put_bytes(b"other", "b"),
+        lambda store, ref: store.has(ref),
+        lambda store, ref: store.publish("m", "v1", {}),
+        lambda store, ref: store.backend.move(object_name(ref), "damaged/a"),
+        lambda store, ref: store.backend.delete(object_name(ref)),
+        lambda store, ref: RemoteObjects().read(f"s3://{store.backend.bucket}/{store.uri.split('/')[3]}/inputs/a"),
+    ],
+    ids=["get", "put", "look up", "publish", "move", "delete", "read an input"],
+)
+def test_a_server_that_is_away_for_longer_than_botocore_waits_is_waited_for(through_proxy, monkeypatch, call):
     store, proxy = through_proxy
     ref = store.put_bytes(DATA, "a")
-    thread = proxy.refuse_for(1.5)
-    assert store.get_bytes(ref) == DATA
-    thread.join()
+    store.backend.write("inputs/a", b"input")
+    said = []
+
+    def reopen(*message):
+        said.append(message[0] % message[1:])
+        proxy.open()
+
+    # Refused until botocore has given up and the store begins to wait, however fast the machine is.
+    monkeypatch.setattr(s3_backend.logger, "warning", reopen)
+    proxy.close()
+    call(store, ref)
+    assert said == ["The S3 server is away (EndpointConnectionError); waiting up to 60 s."]
+
+
+def test_a_server_that_stays_away_is_an_error_when_patience_ends(through_proxy, s3_uri):
+    _, proxy = through_proxy
+    store = Store(s3_backend.S3Bucket(s3_uri, patience_s=1.5))
+    proxy.close()
+    with pytest.raises(ArtifactError, match=r"within 1\.5 s: Could not connect .* Expected a server that answers"):
+        store.latest("m")
+
+
+def test_a_server_that_answers_nothing_but_503_is_an_error_when_patience_ends(through_proxy, s3_uri):
+    _, proxy = through_proxy
+    fail_next(proxy, "slow_down", 1000)
+    store = Store(s3_backend.S3Bucket(s3_uri, patience_s=0.5))
+    with pytest.raises(ArtifactError, match=r"within 0\.5 s: .*503.* Expected a server that answers"):
+        store.has(ArtifactRef("a", "0" * 64, 1))
+
+
+def test_a_large_file_that_was_changed_on_its_way_is_sent_again(through_proxy, tmp_path):
+    store, proxy = through_proxy
+    data = np.random.default_rng(2).bytes(3 * 2**20)
+    (tmp_path / "large").write_bytes(data)
+    fail_next(proxy, "flipped_upload", 2)  # the look-up has no body to flip
+    ref = store.put_file(tmp_path / "large")
+    assert proxy.injected["flipped_upload"] == 1
+    assert store.backend.read(object_name(ref))[0] == data
 
 
 def test_bytes_that_are_damaged_in_the_bucket_are_told_from_those_changed_on_the_way(through_proxy):

@@ -2,11 +2,14 @@ import hashlib
 import json
 import multiprocessing
 import shutil
+import subprocess
+import sys
 import threading
 
 import numpy as np
 import pytest
 
+from ptq import backends
 from ptq.errors import ArtifactError, UsageError
 from ptq.records import ArtifactRef, to_jsonable
 from ptq.store import StageEntry, artifact_refs, open_store, stage_key, write_file
@@ -297,3 +300,77 @@ def test_nothing_is_recalled_where_nothing_was_remembered_or_the_object_is_gone(
     store.remember("timing_cache", "a1", b"bytes")
     shutil.rmtree(tmp_path / "objects")
     assert open_store(str(tmp_path)).recall("timing_cache", "a1") == b""
+
+
+KEY = "0123456789abcdef"
+
+
+def test_what_was_claimed_is_held_until_it_is_confirmed_and_then_done_for_good(store):
+    assert store.claim("event", KEY, {"uri": "a"}, unconfirmed_s=60) == "first"
+    assert store.claim("event", KEY, {"uri": "a"}, unconfirmed_s=60) == "held"
+    assert store.claim("event", "f" * 16, {"uri": "b"}, unconfirmed_s=60) == "first"
+    store.confirm("event", KEY, {"uri": "a"})
+    assert store.claim("event", KEY, {"uri": "a"}, unconfirmed_s=0) == "done"
+
+
+def test_a_claim_that_nobody_confirmed_in_time_is_taken_over_by_one(store):
+    store.claim("event", KEY, {"uri": "a"}, unconfirmed_s=60)
+    assert store.claim("event", KEY, {"uri": "a"}, unconfirmed_s=0) == "again"
+    assert store.claim("event", KEY, {"uri": "a"}, unconfirmed_s=60) == "held"
+
+
+def test_a_damaged_claim_is_taken_over(store):
+    store.claim("event", KEY, {"uri": "a"}, unconfirmed_s=60)
+    store.confirm("event", KEY, {"uri": "a"})
+    (name,) = names(store, "claims/")
+    store.backend.write(name, b"{")
+    assert store.claim("event", KEY, {"uri": "a"}, unconfirmed_s=60) == "again"
+    assert store.claim("event", KEY, {"uri": "a"}, unconfirmed_s=60) == "held"
+
+
+@pytest.mark.parametrize(("left_behind", "told"), [(False, "first"), (True, "again")])
+def test_of_many_that_claim_at_once_one_is_told_to_do_it(store, monkeypatch, left_behind, told):
+    if not store.backend.has_conditions:
+        pytest.skip("the server ignores conditions, so that two may be told")
+    if left_behind:
+        with monkeypatch.context() as patched:
+            patched.setattr("ptq.store.time.time", lambda: 0.0)
+            store.claim("event", KEY, {}, unconfirmed_s=60)
+    barrier, states = threading.Barrier(8), []
+
+    def claim():
+        barrier.wait()
+        states.append(store.claim("event", KEY, {}, unconfirmed_s=60))
+
+    threads = [threading.Thread(target=claim) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(states) == sorted([told, *["held"] * 7])
+
+
+@pytest.mark.parametrize(
+    "call", ["put_bytes(data, 'a')", "put_file(source)", "write_stage(large)", "publish('m', 'v', big)"]
+)
+def test_a_full_disk_is_an_error_and_leaves_what_was_there(folder, tmp_path, call):
+    kept, _ = entry(folder)
+    (tmp_path / "source").write_bytes(bytes(300_000))
+    before = {path: path.read_bytes() for path in folder.backend.root.rglob("*") if path.is_file()}
+    # A limit on the size of files stops a write where a full disk does, in its middle.
+    script = (
+        "import resource, signal, sys\nfrom pathlib import Path\n"
+        "from ptq.errors import ArtifactError\nfrom ptq.store import StageEntry, open_store\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "store, source, data, big = open_store(sys.argv[1]), Path(sys.argv[2]), bytes(300_000), {'a': 'a' * 300_000}\n"
+        "large = StageEntry('export_qdq', 'b' * 64, big, 1.0, 2.0)\n"
+        f"try:\n    store.{call}\nexcept ArtifactError as error:\n    print(error)\n"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", script, folder.uri, tmp_path / "source"], capture_output=True, text=True, check=True,
+        cwd=backends.__file__.rpartition("/ptq/")[0],
+    )  # fmt: skip
+    assert "cannot be used: File too large. Expected free space, and permission to read and write." in said.stdout
+    assert {path: path.read_bytes() for path in folder.backend.root.rglob("*") if path.is_file()} == before
+    assert folder.read_stage(kept.stage, kept.key) == kept

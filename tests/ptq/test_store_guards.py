@@ -11,7 +11,11 @@ from ptq.errors import ArtifactError
 from ptq.store import StageEntry
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = [path for layer in ("ptq", "tasks", "flows") for path in sorted((ROOT / layer).rglob("*.py"))]
+# What Dask's scheduler and workers send each other they pickle; it is neither kept nor read from anywhere else.
+EXEMPT = {ROOT / "tasks" / "dask_stages.py"}
+SOURCES = [
+    path for layer in ("ptq", "tasks", "flows") for path in sorted((ROOT / layer).rglob("*.py")) if path not in EXEMPT
+]
 UNPICKLERS = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 HOSTILE_NAMES = ["../evil", "objects/../../evil", "/etc/passwd", "a//b", "a/./b", "a\n", "a b", "\\\\host", "a/\0", ""]
 
@@ -31,7 +35,7 @@ def test_a_hostile_name_is_refused_by_every_method(store, name, tmp_path):
     backend.write("objects/a", b"a")
     for call in (
         lambda: backend.local_path(name), lambda: backend.read(name), lambda: backend.entry(name),
-        lambda: backend.write(name, b"x"), lambda: backend.write_file(name, tmp_path / "file"),
+        lambda: backend.write(name, b"x"), lambda: backend.write_file(name, tmp_path / "file", sha256="0" * 64),
         lambda: backend.create(name, b"x"), lambda: backend.delete(name), lambda: backend.move("objects/a", name),
         lambda: backend.fetch(name, tmp_path / "target"), lambda: backend.replace(name, b"x", tag="x"),
     ):  # fmt: skip

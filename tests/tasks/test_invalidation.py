@@ -28,9 +28,9 @@ STAGES = {
 # Stages that build a graph for the engine and run it, and those that do so to observe activations.
 EVALUATIONS = {"evaluate", "evaluate_baseline", "evaluate_served"}
 ON_ENGINE = {*EVALUATIONS, "build_engine", "benchmark", "benchmark_served", "replace_modules"}
-ON_READERS = {"collect_statistics", "carry_amax", "equalize_channels"}
+ON_READERS = {"collect_statistics", "collect_shard", "carry_amax", "equalize_channels"}
 # The methods, and the rule that ends an adaptive draw by them.
-ON_METHODS = {"compute_amax", "collect_statistics", "carry_amax"}
+ON_METHODS = {"compute_amax", "collect_statistics", "collect_shard", "carry_amax"}
 FAKE_QUANTIZED = {"export_qdq", "choose_methods", "rank_layers", "fine_tune"}
 
 
