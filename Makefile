@@ -1,12 +1,12 @@
 # make demo   the whole job on real images, set-up included
-# make test   lint, types and tests, set-up included
+# make test   lint, types and tests, set-up included; make test-slow the tests that wait for time-outs
 # make serve  a Prefect server, a worker and every deployment on this machine, in the background; make stop ends them
 # make dask   a Dask cluster on this machine, to try `runner: {name: dask}`; Ctrl-C ends it
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint serve stop dask clean
+.PHONY: demo test test-slow lint serve stop dask clean
 
 # The stamp is written last, so an interrupted installation is repeated.
 .venv/installed: pyproject.toml constraints.txt
@@ -24,6 +24,9 @@ lint: .venv/installed
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -m slow
 
 serve: .venv/installed
 	$(BIN)/python -m deployments.local_service start
