@@ -101,6 +101,7 @@ def test_a_checkpoint_in_a_bucket_is_announced_once(s3_server, s3_uri, model, tm
     assert payload["sha256"] == file_digest(tmp_path / "a.pth")
 
 
+@pytest.mark.slow
 def test_two_hundred_checkpoints_at_once_are_announced_once_each(incoming, model, tmp_path):
     for index in range(200):
         (incoming / model / f"{index}.onnx").write_bytes(index.to_bytes(2, "big"))
@@ -133,6 +134,7 @@ watch_checkpoints(sys.argv[2], sys.argv[3], watch_for_s=0, settle_s=0.2)
 """
 
 
+@pytest.mark.slow
 def test_a_watch_that_is_killed_again_and_again_announces_everything_once(incoming, model, tmp_path, monkeypatch):
     monkeypatch.setattr(announcements, "_UNCONFIRMED_S", 0.0)
     paths = [incoming / model / f"{index}.onnx" for index in range(60)]
