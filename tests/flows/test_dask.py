@@ -41,7 +41,7 @@ SPREAD = ("collect_shard", "compute_amax", "evaluate")
 TIMED = {"run_id", "config_sha256", "benchmark", "gate", "red_flags", "files", "stage_seconds"}
 RUNNING = TaskRunFilterState(name=TaskRunFilterStateName(any_=["Running"]))
 
-pytestmark = pytest.mark.usefixtures("prefect_backend")
+pytestmark = [pytest.mark.usefixtures("prefect_backend"), pytest.mark.slow]
 
 
 class Cluster:
@@ -273,7 +273,6 @@ def test_a_worker_that_is_killed_in_a_stage_changes_nothing_but_the_time(cluster
     assert names.count("Completed") == 1
 
 
-@pytest.mark.slow
 def test_a_cluster_that_loses_its_last_worker_ends_the_run_with_what_to_do(cluster, configure, monkeypatch):
     monkeypatch.setattr(dask_stages, "WITHOUT_WORKERS_S", 3.0)
     with ThreadPoolExecutor(1) as killer, cluster.hold():
@@ -283,7 +282,6 @@ def test_a_cluster_that_loses_its_last_worker_ends_the_run_with_what_to_do(clust
     assert killed.result()
 
 
-@pytest.mark.slow
 def test_a_scheduler_without_workers_is_told_of_within_the_time_they_have(cluster, configure, monkeypatch):
     monkeypatch.setattr(dask_stages, "WITHOUT_WORKERS_S", 1.0)
     with pytest.raises(PtqError, match=r"has had no worker for 1 s.* `dask worker tcp://127\.0\.0\.1:[0-9]+ --nthr"):
@@ -298,7 +296,6 @@ def strict_cluster(tmp_path_factory):
         yield started
 
 
-@pytest.mark.slow
 def test_a_stage_that_has_ended_as_many_workers_as_the_scheduler_allows_is_named(strict_cluster, configure):
     strict_cluster.add_worker()
     with ThreadPoolExecutor(1) as killer, strict_cluster.hold():
@@ -308,7 +305,6 @@ def test_a_stage_that_has_ended_as_many_workers_as_the_scheduler_allows_is_named
     assert killed.result()
 
 
-@pytest.mark.slow
 def test_a_scheduler_that_is_lost_in_a_stage_ends_the_run(strict_cluster, configure):
     strict_cluster.add_worker()
     with ThreadPoolExecutor(1) as killer, strict_cluster.hold():
@@ -332,7 +328,6 @@ def wrong_address(request):
             server.shutdown()
 
 
-@pytest.mark.slow
 def test_an_address_where_no_scheduler_answers_is_named_within_the_time_to_connect(
     configure, monkeypatch, wrong_address
 ):
@@ -341,7 +336,6 @@ def test_an_address_where_no_scheduler_answers_is_named_within_the_time_to_conne
         quantize_model(configure(wrong_address))
 
 
-@pytest.mark.slow
 def test_make_dask_runs_a_cluster_until_it_is_told_to_end():
     command = [sys.executable, "-m", "deployments.local_dask", "--workers", "1", "--port", "0", "--dashboard", ":0"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:

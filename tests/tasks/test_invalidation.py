@@ -289,6 +289,7 @@ def test_another_checkpoint_repeats_all_but_the_images(base, tmp_path):
     assert computed(config) == {"replace_modules", "evaluate_baseline", *DOWN_FROM_DRAWS}
 
 
+@pytest.mark.slow
 def test_a_version_in_service_is_compared_with_once(base):
     published = changed(base, "model.publish_as", "in-service")
     quantize_model(published)
