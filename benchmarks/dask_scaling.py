@@ -11,8 +11,6 @@ import argparse
 import json
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -23,14 +21,9 @@ from typing import Any
 
 import distributed
 
+from benchmarks.flow_process import QUIET, result_of
 from benchmarks.subject import write_result
 
-QUIET = {
-    "DO_NOT_TRACK": "1",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-    "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
-}
 RUN = """
 import json, sys, time
 from pathlib import Path
@@ -81,14 +74,7 @@ def _import_stages() -> None:
 def run(config: dict[str, Any], home: Path) -> dict[str, Any]:
     """Returns times and digests of one run in a process of its own."""
     environment = {**os.environ, **QUIET, "PREFECT_HOME": str(home)}
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, json.dumps(config)], env=environment, capture_output=True, text=True, timeout=3600
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if not lines:
-        raise RuntimeError(f"the run ended with {done.returncode}: {done.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(lines[-1].removeprefix("RESULT "))
-    return {key: round(value, 2) if isinstance(value, float) else value for key, value in found.items()}
+    return result_of(RUN, config, environment)
 
 
 def kill_one_in(stage: str, address: str, killed: list[dict[str, Any]]) -> None:

@@ -7,7 +7,6 @@ the difference, and what lies before the flow's first line (imports, and the ser
 """
 
 import argparse
-import json
 import os
 import socket
 import subprocess
@@ -19,14 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks.flow_process import QUIET, result_of
 from benchmarks.subject import write_result
 
-QUIET = {
-    "DO_NOT_TRACK": "1",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-    "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
-}
 RUN = """
 import json, sys, time
 started = time.time()
@@ -76,16 +70,13 @@ def running_server(home: Path) -> Any:
 
 def run(config: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
     """Returns the times of one run in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, json.dumps(config)], env=environment, capture_output=True, text=True, timeout=3600
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if not lines:
-        raise RuntimeError(f"the run ended with {done.returncode}: {done.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(lines[-1].removeprefix("RESULT "))
-    found["overhead_s"] = found["flow_s"] - found["stages_s"]
-    found["overhead_percent"] = 100 * found["overhead_s"] / found["flow_s"]
-    return {key: round(value, 2) if isinstance(value, float) else value for key, value in found.items()}
+    found = result_of(RUN, config, environment)
+    overhead_s = found["flow_s"] - found["stages_s"]
+    return {
+        **found,
+        "overhead_s": round(overhead_s, 2),
+        "overhead_percent": round(100 * overhead_s / found["flow_s"], 2),
+    }
 
 
 def main() -> None:

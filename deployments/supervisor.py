@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -190,26 +190,25 @@ class Supervisor:
                 self._start(part)
 
     def _wait_until_healthy(self) -> None:
-        deadline = time.monotonic() + LONGEST_START_S
-        while not is_healthy(self._service.address):
-            self._fail_if_dead("server")
-            if time.monotonic() > deadline:
-                raise ServiceError(
-                    f"The Prefect server did not answer on {self._service.address} within {LONGEST_START_S:g} s. Its "
-                    f"log, {self._service.log('server')}, ends with:\n{end_of_log(self._service.log('server'))}"
-                )
-            time.sleep(0.3)
+        address = self._service.address
+        self._wait(lambda: is_healthy(address), "server", f"The Prefect server did not answer on {address}")
 
     def _wait_for_worker(self) -> None:
-        begun = time.time()
+        address, begun = self._service.address, time.time()
+        self._wait(
+            lambda: has_worker_since(address, begun), "worker", "No worker reported to the Prefect server"
+        )  # fmt: skip
+
+    def _wait(self, is_there: Callable[[], bool], part: str, problem: str) -> None:
+        """Wait for a part that was started last; whatever dies meanwhile ends the wait."""
         deadline = time.monotonic() + LONGEST_START_S
-        while not has_worker_since(self._service.address, begun):
-            self._fail_if_dead("server")
-            self._fail_if_dead("worker")
+        while not is_there():
+            for started in self._parts:
+                self._fail_if_dead(started)
             if time.monotonic() > deadline:
+                path = self._service.log(part)
                 raise ServiceError(
-                    f"No worker reported to the Prefect server within {LONGEST_START_S:g} s. Its log, "
-                    f"{self._service.log('worker')}, ends with:\n{end_of_log(self._service.log('worker'))}"
+                    f"{problem} within {LONGEST_START_S:g} s. Its log, {path}, ends with:\n{end_of_log(path)}"
                 )
             time.sleep(0.3)
 

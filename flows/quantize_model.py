@@ -242,7 +242,7 @@ def _hold_against_served(setting: _Setting, findings: RunFindings) -> RunFinding
         return findings
     evaluations: dict[Literal["new", "served"], EvaluationRecord] = {}
     latencies: Sequence[ServedLatency] = ()
-    if served.onnx is not None and not served.obstacle:
+    if served.onnx is not None:
         evaluations["new"] = next(item for item in findings.candidates if item.candidate == selection.candidate)
         evaluations["served"] = evaluate_served(
             served.onnx, setting.baseline, {test: setting.images[test]}, config.data.preprocessing.normalization,

@@ -73,18 +73,13 @@ def measure_engines(
     measurements: list[Measurement] = []
     transfers: list[EndToEnd] = []
     for batch_size in sorted({item.record.batch_size for item in engines}):
-        images = np.random.default_rng(0).standard_normal((batch_size, *input_shape)).astype(np.float32)
+        images = _random_images(batch_size, *input_shape)
         timed: dict[Precision, TimedCalls] = {}
         runners: dict[Precision, Runner] = {}
         for item in engines:
             if item.record.batch_size != batch_size:
                 continue
-            runner = engine.load(
-                item.blob.read_bytes(),
-                precision=item.record.precision,
-                batch_size=batch_size,
-                float_remainder=float_remainder,
-            )
+            runner = _loaded(engine, item, float_remainder)
             runners[item.record.precision] = runner
             timed[item.record.precision] = _timed(runner, images)
         try:
@@ -144,14 +139,8 @@ def measure_against(
     engine = open_engine(new[0].record.engine.name, threads=threads)
     found = []
     for batch_size in sorted(sizes[0]):
-        images = np.random.default_rng(0).standard_normal((batch_size, *input_shape)).astype(np.float32)
-        runners = [
-            engine.load(
-                items[batch_size].blob.read_bytes(), precision="int8", batch_size=batch_size,
-                float_remainder=float_remainder,
-            )
-            for items in sizes
-        ]  # fmt: skip
+        images = _random_images(batch_size, *input_shape)
+        runners = [_loaded(engine, items[batch_size], float_remainder) for items in sizes]
         try:
             taken = interleave(
                 {index: _timed(runner, images) for index, runner in enumerate(runners)}, rounds=rounds,
@@ -181,6 +170,18 @@ def _with_transfers(
         precision, len(images), upload_ms=found.upload_ms, compute_ms=found.compute_ms,
         download_ms=found.download_ms, enqueue_ms=found.enqueue_ms, elapsed_s=found.elapsed_s,
     )  # fmt: skip
+
+
+def _loaded(engine: Engine, item: LoadedEngine, float_remainder: Literal["fp32", "bf16"]) -> Runner:
+    return engine.load(
+        item.blob.read_bytes(), precision=item.record.precision, batch_size=item.record.batch_size,
+        float_remainder=float_remainder,
+    )  # fmt: skip
+
+
+def _random_images(*shape: int) -> np.ndarray:
+    """The same images for every engine, (n, c, h, w)."""
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
 
 def _timed(runner: Runner, images: np.ndarray) -> TimedCalls:
@@ -228,8 +229,7 @@ def measure_files(
             path, precision, _ = entry
             built = engine.build(path, precision=precision, batch_size=batch_size, float_remainder="fp32")
             runner = engine.load(built.blob, precision=precision, batch_size=batch_size, float_remainder="fp32")
-            shape = (batch_size, *(size or 224 for size in summarize_onnx(path).input_shape[1:]))
-            images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+            images = _random_images(batch_size, *(size or 224 for size in summarize_onnx(path).input_shape[1:]))
             timed[entry] = _timed(runner, images)
             shares[entry] = int8_share(built.layers)
         taken = interleave(

@@ -9,6 +9,13 @@ from dataclasses import dataclass
 
 from ptq.records import BenchmarkRecord, GateDecision, Measurement, PairedComparison
 
+# What a person is told of a run that published nothing, by its decision.
+HEADLINES = {
+    "reject": "the new INT8 model was rejected",
+    "regress": "the new INT8 model is worse than the one in service",
+    "inconclusive": "the new INT8 model is not shown to be as good as the one in service",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class _Condition:

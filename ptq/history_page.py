@@ -4,35 +4,26 @@ Nights in, documents out: one HTML file that needs nothing else, and Markdown fo
 nights are red; latencies from another machine or engine are told apart. Nothing is measured or decided here.
 """
 
-import base64
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
-
-import jinja2
 
 from ptq.charts import nights_png
+from ptq.gate import HEADLINES
 from ptq.nights import Night, NightFindings
+from ptq.pages import data_uri, markdown_text, page_template
 from ptq.tables import drop_phrase, fixed, interval_text
 
 NIGHTS_IN_MARKDOWN = 30
 TEXT_IN_MARKDOWN = 160
 
-_TEMPLATE = Path(__file__).with_name("history_template.html.j2")
 # Not broken at its hyphen, where a column is narrow.
 _TOP1 = "top\N{NON-BREAKING HYPHEN}1"
 _DECISIONS = {
     "accept": "Accepted", "reject": "Rejected", "regress": "Regressed", "inconclusive": "Inconclusive",
     "failed": "Failed",
 }  # fmt: skip
-_HEADLINES = {
-    "reject": "the new INT8 model was rejected",
-    "regress": "the new INT8 model is worse than the one in service, which stays",
-    "inconclusive": "the new INT8 model is not shown to be as good as the one in service, which stays",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +68,8 @@ def headline(nights: Sequence[Night]) -> str:
     if last.decision == "accept":
         state = "is published" if found.is_new else "was in service before and stays"
         return f"{when}: accepted, version {found.version[:8]} {state}; {fact}."
-    return f"{when}: {_HEADLINES[last.decision]}; {fact}."
+    stays = "" if last.decision == "reject" else ", which stays"
+    return f"{when}: {HEADLINES[last.decision]}{stays}; {fact}."
 
 
 def history_html(nights: Sequence[Night]) -> str:
@@ -90,10 +82,7 @@ def history_html(nights: Sequence[Night]) -> str:
         ValueError: there is no night.
     """
     last = _last_of(nights)
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    template = page_template("history_template.html.j2")
     places = _places(nights)
     page = template.render(
         model=last.model,
@@ -282,14 +271,14 @@ def _charts(nights: Sequence[Night]) -> list[Chart]:
             {"INT8": [_int8_ms(night, size) for night in nights]}, labels=labels, bad=bad, changes=changes,
             title=f"INT8 latency, batch {size}, ms", is_from_zero=True,
         )  # fmt: skip
-        charts.append(Chart(_data_uri(png), f"Median INT8 latency at batch {size} over the nights"))
+        charts.append(Chart(data_uri(png), f"Median INT8 latency at batch {size} over the nights"))
     longest = max(night.seconds for night in nights)
     unit, per_unit = ("min", 60.0) if longest >= 120 else ("s", 1.0)
     png = nights_png(
         {"duration": [night.seconds / per_unit for night in nights]}, labels=labels, bad=bad, title=f"Duration, {unit}",
         is_from_zero=True, is_bar=True,
     )  # fmt: skip
-    return [*charts, Chart(_data_uri(png), "Duration of the runs over the nights")]
+    return [*charts, Chart(data_uri(png), "Duration of the runs over the nights")]
 
 
 def _top1_chart(nights: Sequence[Night]) -> Chart:
@@ -298,7 +287,7 @@ def _top1_chart(nights: Sequence[Night]) -> Chart:
         "FP32": [night.found.fp32_top1_percent if night.found else None for night in nights],
     }
     png = nights_png(lines, labels=_labels(nights), bad=_bad(nights), title="Top-1, %", is_from_zero=False)
-    return Chart(_data_uri(png), "Top-1 of INT8 and FP32 over the nights")
+    return Chart(data_uri(png), "Top-1 of INT8 and FP32 over the nights")
 
 
 def _bad(nights: Sequence[Night]) -> list[int]:
@@ -314,16 +303,6 @@ def _labels(nights: Sequence[Night]) -> list[str]:
     ]
 
 
-def _data_uri(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-
 def _markdown(text: str, *, limit: int = TEXT_IN_MARKDOWN) -> str:
-    r"""Text in which Markdown finds neither markup nor HTML, cut to what a cell holds.
-
-    >>> print(_markdown("a|b <i>"))
-    a\|b &lt;i&gt;
-    """
-    text = text if len(text) <= limit else f"{text[: limit - 1]}…"
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return " ".join(re.sub(r"([\\`*|\[\]])", r"\\\1", text).split())
+    """Text cut to what a cell holds, for Markdown."""
+    return markdown_text(text if len(text) <= limit else f"{text[: limit - 1]}…")

@@ -41,13 +41,13 @@ def served_version(
         store.get_path(amax)
         found = summarize_onnx(store.get_path(onnx))
     except PtqError as error:
-        return ServedModel(version, onnx, amax, f"its graph cannot be read ({error})")
+        return ServedModel(version, None, None, f"its graph cannot be read ({error})")
     if found.input_shape[1:] != input_shape or found.outputs != num_classes:
         obstacle = (
             f"it reads images of {_times(found.input_shape[1:])} and tells {found.outputs} classes apart, the new "
             f"model reads {_times(input_shape)} and tells {num_classes}"
         )
-        return ServedModel(version, onnx, amax, obstacle)
+        return ServedModel(version, None, None, obstacle)
     return ServedModel(version, onnx, amax)
 
 

@@ -569,7 +569,7 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """The published version that a run would replace. `obstacle` says why it cannot be compared, or is empty."""
+    """The published version that a run would replace: its graph and amax table, or the obstacle to comparing them."""
 
     version: str
     onnx: ArtifactRef | None

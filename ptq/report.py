@@ -4,20 +4,17 @@ Records in, documents out: one HTML file that needs nothing else, Markdown, tabl
 Every fact is put into a `Table` once; the three presentations share it. Nothing is measured or decided here.
 """
 
-import base64
 import heapq
 import io
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import jinja2
 import polars
 
 from ptq.charts import box_plot_png, latency_bars_png
 from ptq.config import in_method_order
 from ptq.metrics import ClassMetrics
+from ptq.pages import data_uri, markdown_text, page_template
 from ptq.records import (
     Attempt,
     BenchmarkRecord,
@@ -56,9 +53,6 @@ CLASSES_IN_A_MATRIX = 20
 CLASSES_IN_A_TABLE = 50
 WORST_SHOWN = 20
 LAYERS_IN_A_SENTENCE = 8
-
-_TEMPLATE = Path(__file__).with_name("report_template.html.j2")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,11 +161,7 @@ def terminal_tables(inputs: ReportInputs) -> tuple[Table, ...]:
 
 def html_report(inputs: ReportInputs) -> str:
     """Returns the whole report as one HTML file: styles and pictures inside, no script, nothing loaded."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.tests["sha256"] = lambda text: _SHA256.fullmatch(text) is not None
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    template = page_template("report_template.html.j2")
     findings, infos = _findings_tables(inputs.checks)
     classes = inputs.model.num_classes
     page = template.render(
@@ -187,12 +177,12 @@ def html_report(inputs: ReportInputs) -> str:
         candidates=_candidates_table(inputs),
         attempts=_attempts_table(inputs),
         served=tables_of_served(inputs.served) if inputs.served else (),
-        boxplot=_data_uri(boxplot_png(inputs)),
+        boxplot=data_uri(boxplot_png(inputs)),
         matrices=_matrices(inputs) if classes <= CLASSES_IN_A_MATRIX else (),
         confused=_confused_table(inputs) if classes > CLASSES_IN_A_MATRIX else None,
         per_class=_per_class_table(inputs),
         latency=_latency_table(inputs),
-        latency_bars=_data_uri(latency_bars_png(inputs.benchmark)) if inputs.benchmark.measurements else "",
+        latency_bars=data_uri(latency_bars_png(inputs.benchmark)) if inputs.benchmark.measurements else "",
         slow=_slow_sentences(inputs),
         int8=_int8_table(inputs),
         engines=_engines_table(inputs),
@@ -213,18 +203,18 @@ def markdown_report(inputs: ReportInputs) -> str:
     """Returns the same facts, shorter, as GitHub Markdown; the picture is expected beside it as `boxplot.png`."""
     findings, _ = _findings_tables(inputs.checks)
     warnings = _warnings(inputs)
-    slow = [f"**{_markdown_text(sentence)}**\n" for sentence in _slow_sentences(inputs)]
+    slow = [f"**{markdown_text(sentence)}**\n" for sentence in _slow_sentences(inputs)]
     float_layers = _first_names(inputs.plan.float_layers) or "none"
     parts = [
-        f"# INT8 quantization of {_markdown_text(inputs.verdict.model)}\n",
-        f"**{_markdown_text(verdict_sentence(inputs))}**\n",
+        f"# INT8 quantization of {markdown_text(inputs.verdict.model)}\n",
+        f"**{markdown_text(verdict_sentence(inputs))}**\n",
         *_markdown_list(inputs.verdict.gate.reasons),
         *(["## Warnings\n", *_markdown_list(warnings)] if warnings else []),
         "## Accuracy\n",
         *map(_markdown_table, (_accuracy_table(inputs), _comparison_table(inputs))),
         "## Methods and trials\n",
         *map(_markdown_table, (_trials_table(inputs), _spreads_table(inputs))),
-        f"{_markdown_text(inputs.selection.spread_sentence)} {_markdown_text(inputs.selection.reason)}\n",
+        f"{markdown_text(inputs.selection.spread_sentence)} {markdown_text(inputs.selection.reason)}\n",
         *([_markdown_table(_attempts_table(inputs))] if inputs.attempts else []),
         "![Top-1 of the methods over the trials](boxplot.png)\n",
         *(["## Against the version in service\n"] if inputs.served else []),
@@ -234,7 +224,7 @@ def markdown_report(inputs: ReportInputs) -> str:
         *slow,
         "## What ran in INT8\n",
         *map(_markdown_table, (_int8_table(inputs), _placement_table(inputs.plan))),
-        f"Layers left in float by the placement: {_markdown_text(float_layers)}.\n",
+        f"Layers left in float by the placement: {markdown_text(float_layers)}.\n",
         "## Graph checks\n",
         _markdown_table(_checks_table(inputs)),
         *([_markdown_table(findings)] if findings.rows else []),
@@ -667,11 +657,6 @@ def _matrix(inputs: ReportInputs, confusion: Sequence[Sequence[int]], title: str
     return _Matrix(title, heads, tuple(rows))
 
 
-def _data_uri(png: bytes) -> str:
-    """A picture as an address that needs no file."""
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-
 # What several parts need from the records.
 
 
@@ -791,32 +776,22 @@ def _trial_cell(candidate: VerdictCandidate | None, chosen: str) -> str:
 # Markdown.
 
 
-def _markdown_text(text: str) -> str:
-    r"""Text in which GitHub finds neither markup nor HTML.
-
-    >>> print(_markdown_text("a|b <i>"))
-    a\|b &lt;i&gt;
-    """
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return " ".join(re.sub(r"([\\`*|\[\]])", r"\\\1", text).split())
-
-
 def _markdown_list(items: Iterable[str]) -> list[str]:
-    return ["\n".join(f"- {_markdown_text(item)}" for item in items) + "\n"]
+    return ["\n".join(f"- {markdown_text(item)}" for item in items) + "\n"]
 
 
 def _markdown_table(table: Table) -> str:
     """A GitHub table below its title in bold; numbers flush right."""
     rules = ["---:" if table.is_numeric(column) else "---" for column in range(len(table.columns))]
     lines = [table.columns, rules, *table.rows]
-    body = "\n".join(f"| {' | '.join(c if line is rules else _markdown_text(c) for c in line)} |" for line in lines)
-    note = f"\n\n{_markdown_text(table.note)}" if table.note else ""
-    return f"**{_markdown_text(table.title)}**\n\n{body}{note}\n"
+    body = "\n".join(f"| {' | '.join(c if line is rules else markdown_text(c) for c in line)} |" for line in lines)
+    note = f"\n\n{markdown_text(table.note)}" if table.note else ""
+    return f"**{markdown_text(table.title)}**\n\n{body}{note}\n"
 
 
 def page_markdown(inputs: ReportInputs) -> str:
     """Returns the Markdown report with its picture inside, for a page that cannot load a file beside it."""
-    return markdown_report(inputs).replace("(boxplot.png)", f"({_data_uri(boxplot_png(inputs))})")
+    return markdown_report(inputs).replace("(boxplot.png)", f"({data_uri(boxplot_png(inputs))})")
 
 
 def parquet_from_frame(frame: polars.DataFrame) -> bytes:

@@ -6,13 +6,14 @@ from dataclasses import replace
 from prefect.logging import get_run_logger
 
 from ptq.arrays import arrays_from_npz, npz_from_arrays
-from ptq.calibration import ObservedOnDevice, corrected_biases, means_by_name, trials_from_files
+from ptq.calibration import CollectedTrials, ObservedOnDevice, corrected_biases, means_by_name, trials_from_files
+from ptq.collection import TrialStatistics
 from ptq.config import Normalization, StoppingRule
 from ptq.histogram import bytes_from_trials
 from ptq.preparation import observed_model, plan_from_file
-from ptq.records import ArtifactRef, CalibrationDraws, ModelRecord, StatisticsRecord
+from ptq.records import ArtifactRef, CalibrationDraws, ModelRecord, PlacementPlan, StatisticsRecord
 from ptq.shards import bytes_from_shard, draws_of_shard, merge_shards
-from ptq.store import open_store
+from ptq.store import Store, open_store
 from tasks.progress import progress_logger
 from tasks.stage import RunContext, stage
 
@@ -35,38 +36,14 @@ def collect_statistics(
     """
     store = open_store(run.store_uri)
     plan = plan_from_file(store.get_path(model.plan))
-    on_device = None
-    if device and model.source == "torch":
-        observed = observed_model(
-            store.get_path(model.weights), plan=plan, name=model.name, num_classes=model.num_classes,
-            input_shape=model.input_shape,
-        )  # fmt: skip
-        on_device = ObservedOnDevice(observed, device)
-    found = trials_from_files(
-        observed_onnx=store.get_path(model.observed_onnx),
-        plan=plan,
-        pixels=store.get_path(draws.prepared.pixels),
-        labels=store.get_path(draws.prepared.labels),
-        files=store.get_path(draws.prepared.sha256_of_files),
-        draws=draws,
-        class_names=model.class_names,
-        stopping=stopping,
-        mean=normalization.mean,
-        std=normalization.std,
-        bins=bins,
-        threads=threads,
-        on_device=on_device,
-        progress=progress_logger("Calibration images"),
-    )
+    found = _observed(
+        store, model, plan, draws, normalization, stopping=stopping, bins=bins, threads=threads, device=device,
+        what="Calibration images",
+    )  # fmt: skip
     get_run_logger().info(found.summary)
     for warning in found.draws.warnings[len(draws.warnings) :]:
         get_run_logger().warning(warning)
-    return StatisticsRecord(
-        histograms=store.put_bytes(bytes_from_trials([trial.histograms for trial in found.trials]), "histograms.npz"),
-        channel_means=store.put_bytes(npz_from_arrays(means_by_name(found.trials, plan=plan)), "channel_means.npz"),
-        tensors=tuple(spec.name for spec in plan.activations),
-        draws=found.draws,
-    )
+    return _record(store, found.trials, plan, found.draws)
 
 
 @stage(
@@ -91,18 +68,9 @@ def collect_shard(
     store = open_store(run.store_uri)
     plan = plan_from_file(store.get_path(model.plan))
     part = replace(draws, indices=draws_of_shard(draws.indices, shard=shard, shards=shards))
-    on_device = None
-    if device and model.source == "torch":
-        observed = observed_model(
-            store.get_path(model.weights), plan=plan, name=model.name, num_classes=model.num_classes,
-            input_shape=model.input_shape,
-        )  # fmt: skip
-        on_device = ObservedOnDevice(observed, device)
-    found = trials_from_files(
-        observed_onnx=store.get_path(model.observed_onnx), plan=plan, pixels=store.get_path(draws.prepared.pixels),
-        labels=store.get_path(draws.prepared.labels), files=store.get_path(draws.prepared.sha256_of_files),
-        draws=part, class_names=model.class_names, stopping=None, mean=normalization.mean, std=normalization.std,
-        bins=bins, threads=threads, on_device=on_device, progress=progress_logger(f"Images of shard {shard}"),
+    found = _observed(
+        store, model, plan, part, normalization, stopping=None, bins=bins, threads=threads, device=device,
+        what=f"Images of shard {shard}",
     )  # fmt: skip
     get_run_logger().info("Collected shard %d of %d: %d histograms", shard, shards, len(plan.activations))
     return store.put_bytes(bytes_from_shard(found.trials), f"shard-{shard}.npz")
@@ -120,6 +88,41 @@ def merge_statistics(
         "Merged %d shards: %d histograms for %d trials from %d images",
         len(shards), len(plan.activations), len(trials), draws.prepared.images,
     )  # fmt: skip
+    return _record(store, trials, plan, draws)
+
+
+def _observed(
+    store: Store,
+    model: ModelRecord,
+    plan: PlacementPlan,
+    draws: CalibrationDraws,
+    normalization: Normalization,
+    *,
+    stopping: StoppingRule | None,
+    bins: int,
+    threads: int,
+    device: str,
+    what: str,
+) -> CollectedTrials:
+    """The statistics of every trial over its drawn images, on the engine or on a torch device."""
+    on_device = None
+    if device and model.source == "torch":
+        observed = observed_model(
+            store.get_path(model.weights), plan=plan, name=model.name, num_classes=model.num_classes,
+            input_shape=model.input_shape,
+        )  # fmt: skip
+        on_device = ObservedOnDevice(observed, device)
+    return trials_from_files(
+        observed_onnx=store.get_path(model.observed_onnx), plan=plan, pixels=store.get_path(draws.prepared.pixels),
+        labels=store.get_path(draws.prepared.labels), files=store.get_path(draws.prepared.sha256_of_files),
+        draws=draws, class_names=model.class_names, stopping=stopping, mean=normalization.mean, std=normalization.std,
+        bins=bins, threads=threads, on_device=on_device, progress=progress_logger(what),
+    )  # fmt: skip
+
+
+def _record(
+    store: Store, trials: Sequence[TrialStatistics], plan: PlacementPlan, draws: CalibrationDraws
+) -> StatisticsRecord:
     return StatisticsRecord(
         histograms=store.put_bytes(bytes_from_trials([trial.histograms for trial in trials]), "histograms.npz"),
         channel_means=store.put_bytes(npz_from_arrays(means_by_name(trials, plan=plan)), "channel_means.npz"),

@@ -20,6 +20,7 @@ from prefect.logging import get_run_logger
 from ptq import model_configs
 from ptq.config import PtqConfig
 from ptq.errors import UsageError
+from ptq.gate import HEADLINES
 from ptq.inputs import Inputs
 from ptq.records import RunResult
 from ptq.store import open_store
@@ -105,18 +106,11 @@ def announce(result: RunResult, notify: Sequence[str]) -> None:
     emit_event(event, resource={"prefect.resource.id": f"ptq.model.{result.model}"}, payload=payload)
     if result.accepted:
         return
-    subject = f"{result.model}: {_HEADLINES[result.decision]}"
+    subject = f"{result.model}: {HEADLINES[result.decision]}"
     body = "\n\n".join([result.sentence, *result.reasons, f"Report: {payload['report']}"])
     for slug in notify:
         _block(slug).notify(body, subject=subject)
         get_run_logger().info("Told %s: %s", slug, subject)
-
-
-_HEADLINES = {
-    "reject": "the new INT8 model was rejected",
-    "regress": "the new INT8 model is worse than the one in service",
-    "inconclusive": "the new INT8 model is not shown to be as good as the one in service",
-}
 
 
 def _block(slug: str) -> Any:

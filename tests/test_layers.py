@@ -46,7 +46,7 @@ HOMES = {
     "PIL": {"ptq/images.py", "ptq/demo_data.py"},
     "sklearn": {"ptq/demo_data.py"},
     "matplotlib": {"ptq/charts.py"},
-    "jinja2": {"ptq/report.py", "ptq/history_page.py"},
+    "jinja2": {"ptq/pages.py"},
     "torchvision": {"ptq/models.py"},
     "distributed": {"tasks/dask_stages.py"},
     "prefect_dask": {"tasks/dask_stages.py"},
