@@ -7,15 +7,17 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def deployed(prefect_backend):
-    """A client of the test server, with the deployments of prefect.yaml; they are taken away again."""
+    """A client of the test server, with the deployments of prefect.yaml; they are taken away again.
+
+    Not for the session: their trigger would start a run for every checkpoint that other tests announce.
+    """
     # Not at the top: Prefect, imported while pytest collects, would log to a stream that is closed later.
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterTags
 
     from deployments import bootstrap
-    from deployments.automations import automations
 
     bootstrap.create_work_pool()
     bootstrap.create_work_pool()
@@ -25,7 +27,7 @@ def deployed(prefect_backend):
         yield client
         for deployment in client.read_deployments(deployment_filter=ours):
             client.delete_deployment(deployment.id)
-        for automation in automations():
-            for known in client.read_automations_by_name(automation.name):
-                client.delete_automation(known.id)
+        # The triggers too: Prefect leaves the automation of a deployment that is deleted.
+        for automation in client.request("POST", "/automations/filter", json={}).json():
+            client.delete_automation(automation["id"])
         client.delete_work_pool(bootstrap.POOL)

@@ -90,7 +90,8 @@ def test_a_checkpoint_becomes_one_event_with_what_a_run_needs(store, model):
     ]
 
 
-def test_two_hundred_checkpoints_become_two_hundred_events(store, model):
+def test_two_hundred_checkpoints_become_two_hundred_events(store, model, monkeypatch):
+    monkeypatch.setattr(announcements, "_SHOWN_WITHIN_S", 120.0)
     result = announce(store, iter(versions(model, 200)), logger)
     assert (len(result.sent), len(result.done)) == (200, 200)
     found = payloads(model)
