@@ -171,7 +171,9 @@ class QuantizationConfig(_Section):
 
     residuals: bool = Field(True, description="Quantize the identity branch of every residual add.")
     pools: bool = Field(True, description="Quantize the inputs of average pools.")
-    commuting_pools: bool = Field(True, description="Place quantizers before max pools, so that they run in INT8.")
+    commuting_pools: bool = Field(
+        True, description="Place quantizers before max pools and permutations, so that these run in INT8."
+    )
     first_layer: bool = Field(True, description="Quantize the first convolution.")
     last_layer: bool = Field(True, description="Quantize the last linear layer.")
     skip_layers: tuple[str, ...] = Field((), description="Layers left in float, by module name.")

@@ -13,6 +13,7 @@ from ptq.graph_walk import Layer, Node, QdqGraph, Tensor, constant, producer
 from ptq.records import LayerInput, PlacementPlan, QuantizerSpec
 
 _WEIGHT_ENDING = ".weight"
+_CONVOLUTIONS = ("Conv", "ConvTranspose")
 # What stays in float where adds or average pools are left alone by choice.
 _ADD_OPERATORS = ("Add",)
 _POOL_OPERATORS = ("AveragePool", "GlobalAveragePool", "ReduceMean")
@@ -36,7 +37,7 @@ def place_quantizers(
         layers: its layers with a stored weight, as `onnx_names.layers_of` yields them.
         residuals: quantize the identity operand of residual adds.
         pools: quantize the inputs of average pools, for the multiplications of gates too.
-        commuting_pools: put a quantizer before a max pool rather than behind it.
+        commuting_pools: put a quantizer before a max pool or a permutation of axes rather than behind it.
         first_layer: quantize the first weighted layer.
         last_layer: quantize the last weighted layer.
         skip_layers: layers left in float.
@@ -58,6 +59,11 @@ def place_quantizers(
     for pool in graph.average_pools() if pools else ():
         for reader in (pool, *_gate_multiplications(pool)):
             requests.ask(pool.inputs[0], reader)
+    for name in quantized:
+        for layer in by_name[name]:
+            written = layer.node.outputs[0]
+            if layer.node.op in _CONVOLUTIONS and [reader.op for reader in written.outputs] == ["Transpose"]:
+                requests.ask(written, written.outputs[0])
     adds = residual_adds(graph, layers)
     for add in adds if residuals else ():
         requests.ask(identity_operand(add, layers), add)
@@ -151,17 +157,34 @@ def _reach(tensor: Tensor) -> dict[str, Tensor]:
 
 
 def residual_adds(graph: QdqGraph, layers: Sequence[Layer]) -> list[Node]:
-    """Returns the additions of two activations that share an ancestor, at least one of them behind a weighted layer."""
-    weighted = {layer.node.outputs[0].name for layer in layers}
+    """Returns the additions of two activations that share an ancestor and that can be had in INT8.
+
+    At least one operand ends in a convolution, or a convolution reads the identity: see `placement.residual_adds`.
+    """
     adds = []
     for node in graph.nodes:
         operands = _operands(node) if node.op == "Add" else []
         if len(operands) != 2 or operands[0] is operands[1]:
             continue
-        left, right = (set(_reach(operand)) for operand in operands)
-        if left & right and (left ^ right) & weighted:
+        reach = [set(_reach(operand)) for operand in operands]
+        shared = reach[0] & reach[1]
+        branches = [operand for operand, names in zip(operands, reach, strict=True) if names - shared]
+        if shared and (
+            any(_ends_in_convolution(branch, layers) for branch in branches)
+            or any(reader.op in _CONVOLUTIONS for reader in identity_operand(node, layers).outputs)
+        ):
             adds.append(node)
     return adds
+
+
+def _ends_in_convolution(tensor: Tensor, layers: Sequence[Layer]) -> bool:
+    """Whether the last weighted layer before the tensor is a convolution, with operations of one tensor between."""
+    weighted = {id(layer.node) for layer in layers}
+    node = producer(tensor)
+    while node is not None and id(node) not in weighted:
+        sources = _operands(node)
+        node = producer(sources[0]) if len(sources) == 1 else None
+    return node is not None and node.op in _CONVOLUTIONS
 
 
 def identity_operand(add: Node, layers: Sequence[Layer]) -> Tensor:
@@ -213,7 +236,7 @@ class _Requests:
     def specs(self) -> Iterable[QuantizerSpec]:
         """Returns the specs in the order of the graph, with quantizers moved before operations that commute."""
         for name in list(self._groups) if self._commuting_pools else ():
-            self._move_before_max_pool(name)
+            self._move_before_commuting(name)
         for name in list(self._groups):
             self._move_before_concat(name)
         order = {tensor.name: position for position, tensor in enumerate(self._graph.inputs)}
@@ -232,17 +255,18 @@ class _Requests:
                 tensors=tuple(tensor.name for tensor in group.tensors),
             )
 
-    def _move_before_max_pool(self, name: str) -> None:
-        """max(Q(x)) = Q(max(x)): before the pool the quantizer lets it run in INT8."""
-        pool = producer(self._groups[name].tensors[0])
-        while pool is not None and pool.op == "MaxPool" and len(pool.outputs) == 1:
-            source = pool.inputs[0]
-            if source.name in self._groups or not self._graph.is_private(source):
+    def _move_before_commuting(self, name: str) -> None:
+        """max(Q(x)) = Q(max(x)), and so for permutations: the quantizer before it lets the operation run in INT8."""
+        node = producer(self._groups[name].tensors[0])
+        while node is not None and node.op in ("MaxPool", "Transpose") and len(node.outputs) == 1:
+            source, result = node.inputs[0], node.outputs[0]
+            others = {reader.name for reader in result.outputs} - set(self._groups[result.name].readers)
+            if source.name in self._groups or not self._graph.is_private(source) or others:
                 return
-            group = self._groups.pop(pool.outputs[0].name)
-            group.tensors, group.readers = [source], [pool.name]
+            group = self._groups.pop(result.name)
+            group.tensors, group.readers = [source], [node.name]
             self._groups[source.name] = group
-            pool = producer(source)
+            node = producer(source)
 
     def _move_before_concat(self, name: str) -> None:
         """The operands of a concat, where nothing else reads them, are quantized with one scale before it."""

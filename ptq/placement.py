@@ -4,7 +4,8 @@ Reads the BatchNorm-folded `torch.fx` graph and decides which tensors get a quan
 which readers see the quantized value. Nothing is changed here; `fake_quant` carries the plan out. The rules
 are NVIDIA's for explicit quantization: inputs and weights of weighted layers, one operand of every residual
 add (the identity), inputs of average pools, and one scale per tensor however many layers read it. A gate of
-squeeze-and-excitation multiplies its pool's input again, and reads it quantized too.
+squeeze-and-excitation multiplies its pool's input again, and reads it quantized too. What a convolution hands to a
+permutation of axes alone, as in ConvNeXt, is quantized before it, so that it is written and moved as INT8.
 """
 
 import operator
@@ -24,6 +25,7 @@ _MAX_POOLS = (nn.MaxPool2d,)
 _AVERAGE_POOL_FUNCTIONS = {F.avg_pool2d, F.adaptive_avg_pool2d}
 _MAX_POOL_FUNCTIONS = {F.max_pool2d, torch.max_pool2d}
 _ADDS = {operator.add, torch.add}
+_PERMUTATIONS = (torch.permute, "permute", torch.transpose, "transpose")
 _MULTIPLICATIONS = (operator.mul, torch.mul, "mul")
 # What a graph has where adds or average pools stay in float by choice.
 _ADD_OPERATORS = ("Add",)
@@ -70,7 +72,7 @@ def place_quantizers(
         traced: whether the model could be traced; if not, only weighted layers get quantizers.
         residuals: quantize the identity operand of residual adds.
         pools: quantize the inputs of average pools, for the multiplications of gates too.
-        commuting_pools: put a quantizer before a max pool rather than behind it.
+        commuting_pools: put a quantizer before a max pool or a permutation of axes rather than behind it.
         first_layer: quantize the first weighted layer.
         last_layer: quantize the last weighted layer.
         skip_layers: module names left in float.
@@ -118,6 +120,10 @@ def place_quantizers(
         elif pools and _is_average_pool(module, node):
             for reader in (node, *_gate_multiplications(node)):
                 requests.ask(_tensor_input(node), reader)
+        if _is_permutation(node):
+            source = _tensor_input(node)
+            if source.target in quantized and _is_convolution(module, source) and len(source.users) == 1:
+                requests.ask(source, node)
     adds = residual_adds(module)
     if residuals:
         for add in adds:
@@ -219,6 +225,10 @@ def _is_max_pool(module: fx.GraphModule, node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in _MAX_POOL_FUNCTIONS
 
 
+def _is_permutation(node: fx.Node) -> bool:
+    return node.op in ("call_function", "call_method") and node.target in _PERMUTATIONS
+
+
 def _is_concat(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in (torch.cat, torch.concat)
 
@@ -229,6 +239,10 @@ def _operands(node: fx.Node) -> list[fx.Node]:
 
 def _is_weighted(module: fx.GraphModule, node: fx.Node) -> bool:
     return node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), WEIGHTED_LAYERS)
+
+
+def _is_convolution(module: fx.GraphModule, node: fx.Node) -> bool:
+    return _is_weighted(module, node) and not isinstance(module.get_submodule(str(node.target)), nn.Linear)
 
 
 def _ancestors(node: fx.Node) -> set[fx.Node]:
@@ -243,10 +257,11 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
 
 
 def residual_adds(module: fx.GraphModule) -> list[fx.Node]:
-    """Returns the additions of two activations that share an ancestor, at least one of which ends in a convolution.
+    """Returns the additions of two activations that share an ancestor and that can be had in INT8.
 
-    An engine computes such an addition in the convolution's last step. One behind a linear layer, as transformers and
-    ConvNeXt have, stays in float: its identity carries the sum of all blocks, which INT8 serves badly.
+    At least one operand ends in a convolution: an engine computes such an addition in the convolution's last step. Or a
+    convolution reads the identity, as in ConvNeXt: it is quantized already. One between linear layers, as transformers
+    have, stays in float: its identity carries the sum of all blocks, which INT8 serves badly.
     """
     adds = []
     for node in module.graph.nodes:
@@ -261,7 +276,10 @@ def residual_adds(module: fx.GraphModule) -> list[fx.Node]:
         reach = [_ancestors(operand) | {operand} for operand in operands]
         shared = reach[0] & reach[1]
         branches = [operand for operand, nodes in zip(operands, reach, strict=True) if nodes - shared]
-        if shared and any(_ends_in_convolution(module, branch) for branch in branches):
+        if shared and (
+            any(_ends_in_convolution(module, branch) for branch in branches)
+            or any(_is_convolution(module, reader) for reader in identity_operand(module, node).users)
+        ):
             adds.append(node)
     return adds
 
@@ -273,7 +291,7 @@ def _ends_in_convolution(module: fx.GraphModule, node: fx.Node) -> bool:
         if len(sources) != 1:
             return False
         node = sources[0]
-    return not isinstance(module.get_submodule(str(node.target)), nn.Linear)
+    return _is_convolution(module, node)
 
 
 def dense_blocks(module: fx.GraphModule) -> list[list[fx.Node]]:
@@ -394,7 +412,7 @@ class _Requests:
         """Returns the specs in the order of the graph, with quantizers moved before operations that commute."""
         if self._commuting_pools:
             for tensor in list(self._groups):
-                self._move_before_max_pool(tensor)
+                self._move_before_commuting(tensor)
         for tensor in list(self._groups):
             self._move_before_concat(tensor)
         order = {node: position for position, node in enumerate(self._module.graph.nodes)}
@@ -410,17 +428,18 @@ class _Requests:
                 tensors=tuple(tensor.name for tensor in group.tensors),
             )
 
-    def _move_before_max_pool(self, tensor: fx.Node) -> None:
-        """max(Q(x)) = Q(max(x)): before the pool the quantizer lets it run in INT8."""
-        pool = tensor
-        while _is_max_pool(self._module, pool):
-            source = _tensor_input(pool)
-            if source in self._groups or len(source.users) != 1:
+    def _move_before_commuting(self, tensor: fx.Node) -> None:
+        """max(Q(x)) = Q(max(x)), and so for permutations: the quantizer before it lets the operation run in INT8."""
+        behind = tensor
+        while _is_max_pool(self._module, behind) or _is_permutation(behind):
+            source = _tensor_input(behind)
+            others = {reader.name for reader in behind.users} - set(self._groups[behind].readers)
+            if source in self._groups or len(source.users) != 1 or others:
                 return
-            group = self._groups.pop(pool)
-            group.tensors, group.readers = [source], [pool.name]
+            group = self._groups.pop(behind)
+            group.tensors, group.readers = [source], [behind.name]
             self._groups[source] = group
-            pool = source
+            behind = source
 
     def _move_before_concat(self, tensor: fx.Node) -> None:
         """The operands of a concat, where nothing else reads them, are quantized with one scale before it."""

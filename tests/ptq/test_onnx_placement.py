@@ -66,9 +66,9 @@ def torch_plan(model, **options):
     return place_quantizers(folded.module, traced=True, **{**networks.PLACEMENT, **options})
 
 
-def assert_same_placement(model, directory, *, size=24, classes=4, **options):
-    found = prepared(exported(model, directory / "m.onnx", size=size, folded=False), directory,
-                     shape=(3, size, size), classes=classes, **options)  # fmt: skip
+def assert_same_placement(model, directory, *, size=24, classes=4, dynamic=False, **options):
+    path = exported(model, directory / "m.onnx", size=size, folded=False, dynamic=dynamic)
+    found = prepared(path, directory, shape=(3, size, size), classes=classes, **options)
     expected = torch_plan(model, **options)
     assert set(found.plan.quantized_layers) == set(expected.quantized_layers)
     assert set(found.plan.float_layers) == set(expected.float_layers)
@@ -77,7 +77,12 @@ def assert_same_placement(model, directory, *, size=24, classes=4, **options):
     assert (found.plan.residual_adds, found.plan.quantized_residual_adds) == (
         expected.residual_adds, expected.quantized_residual_adds,
     )  # fmt: skip
-    assert {spec.name: spec.axis for spec in found.plan.weights} == {spec.name: spec.axis for spec in expected.weights}
+    # A linear layer over more than two axes becomes a MatMul, whose weight lies the other way round.
+    nodes = onnx.load(found.files["weights"]).graph.node
+    turned = {node.input[1]: 1 for node in nodes if node.op_type == "MatMul"}
+    assert {spec.name: spec.axis for spec in found.plan.weights} == {
+        spec.name: turned.get(spec.name, spec.axis) for spec in expected.weights
+    }
     assert {(r.layer, r.channel_axis) for r in found.plan.layer_inputs} == {
         (r.layer, r.channel_axis) for r in expected.layer_inputs
     }
@@ -166,6 +171,12 @@ def test_other_shapes_of_networks_have_the_quantizers_of_the_pytorch_way(tmp_pat
     found = assert_same_placement(network().eval(), tmp_path)
     for dialect in ("cpu", "tensorrt"):
         candidate(found, tmp_path, dialect=dialect, shape=(3, 24, 24))
+
+
+@pytest.mark.parametrize("build", [networks.small_convnext, networks.small_vision_transformer, networks.small_swin])
+def test_networks_with_layer_norms_have_the_quantizers_of_the_pytorch_way(tmp_path, build):
+    found = assert_same_placement(build(num_classes=4).eval(), tmp_path, size=32, dynamic=True)
+    candidate(found, tmp_path, shape=(3, 32, 32))
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v2", "squeezenet1_1", "mobilenet_v3_small", "resnet18", "regnet_y_400mf"])

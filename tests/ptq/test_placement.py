@@ -139,11 +139,51 @@ def test_without_commuting_pools_a_dense_block_is_quantized_behind_its_pool():
     assert spec(plan, "cat_3").tensors[0] == "features_pool0"
 
 
-@pytest.mark.parametrize("build", [small_vision_transformer, small_swin, small_convnext])
-def test_the_adds_of_transformers_and_of_convnext_stay_in_float(build):
+@pytest.mark.parametrize("build", [small_vision_transformer, small_swin])
+def test_the_adds_of_transformers_stay_in_float(build):
     plan = plan_of(build().eval())
     assert (plan.residual_adds, plan.quantized_residual_adds) == (0, 0)
     assert not [reader for activation in plan.activations for reader in activation.readers if "add" in reader]
+
+
+def test_an_identity_that_a_convolution_reads_is_read_quantized_by_the_add_as_in_convnext():
+    plan = plan_of(small_convnext().eval())
+    assert plan.quantized_residual_adds == plan.residual_adds == 3
+    # The first block's is quantized before the permutation that both read it behind.
+    shared = [set(quantizer.readers) for quantizer in plan.activations if any("add" in r for r in quantizer.readers)]
+    assert shared == [{"add_1", "features_3_0_block_0"}, {"add_2", "features_3_1_block_0"}]
+
+
+def test_what_a_convolution_hands_to_a_permutation_is_quantized_before_it():
+    plan = plan_of(Permuted().eval())
+    assert spec(plan, "depthwise").readers == ("permute",)
+
+
+def test_a_permutation_commutes_with_the_quantizer_behind_it():
+    plan = plan_of(Permuted().eval())
+    assert spec(plan, "permute_1").tensors == ("layer_norm",)
+    behind = plan_of(Permuted().eval(), commuting_pools=False)
+    assert spec(behind, "permute_1").tensors == ("permute_1",)
+
+
+def test_a_permutation_that_an_operation_in_float_reads_too_keeps_its_quantizer_behind_it():
+    assert spec(plan_of(Permuted(reads_twice=True).eval()), "permute_1").tensors == ("permute_1",)
+
+
+class Permuted(nn.Module):
+    """A depthwise convolution, a LayerNorm over channels, and a convolution."""
+
+    def __init__(self, reads_twice=False):
+        super().__init__()
+        self.reads_twice = reads_twice
+        self.depthwise = nn.Conv2d(3, 3, 3, padding=1, groups=3)
+        self.last = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x):
+        x = self.depthwise(x).permute(0, 2, 3, 1)
+        x = torch.nn.functional.layer_norm(x, (3,)).permute(0, 3, 1, 2)
+        last = self.last(x)
+        return last.mean((2, 3)) + x.sum() if self.reads_twice else last.mean((2, 3))
 
 
 class Signs(nn.Module):
