@@ -5,8 +5,9 @@ into `--directory`, and reports: layers and residual adds that the plan covers, 
 dialects, cosine per image between the fake-quantized PyTorch model and the graph on ONNX Runtime (beside it the model
 with itself under other float kernels), SQNR to the FP32 logits, and the INT8 share on OpenVINO. `nncf` writes NNCF's
 graph of the same FP32 network from the same images; where NNCF is not installed it is left out. `timing` measures
-those graphs in turns: FP32, ours in the cpu dialect, NNCF. Results are merged by network, so that networks can be run
-one at a time. Weights are random.
+those graphs in turns: FP32, ours in the cpu dialect, NNCF; then ours and NNCF's alone in many short turns, whose paired
+ratios say which is faster on a machine that others use too. Results are merged by network, so that networks can be
+run one at a time. Weights are random.
 """
 
 import argparse
@@ -223,7 +224,24 @@ def timing(network: Network) -> dict[str, Any]:
             }
             for graph, row in rows.items()
         }  # fmt: skip
+        if "nncf" in timed:
+            found[str(batch)]["over_nncf"] = paired_ratio(timed["cpu"], timed["nncf"], options)
     return found
+
+
+def paired_ratio(ours: TimedCalls, other: TimedCalls, options: argparse.Namespace) -> dict[str, Any]:
+    """Returns median and quartiles of our latency over the other's, turn by turn."""
+    taken = interleave(
+        {"ours": ours, "other": other}, rounds=options.turns, warmup_ms=20.0, duration_s=options.duration,
+        min_iterations=2 * options.turns,
+    )  # fmt: skip
+    medians = {name: [float(np.median(turn)) for turn in samples] for name, (samples, _) in taken.items()}
+    ratios = np.divide(medians["ours"], medians["other"])
+    return {
+        "turns": len(ratios),
+        "median": float(np.median(ratios)),
+        "quartiles": np.quantile(ratios, [0.25, 0.75]).tolist(),
+    }
 
 
 def timed_runner(runner: Runner, images: np.ndarray) -> TimedCalls:
@@ -246,7 +264,7 @@ def print_table(found: dict[str, Any]) -> None:
     """Prints a line per network."""
     print(
         f"{'network':24} {'layers':>9} {'adds':>7} {'errors':>7} {'warn.':>6} {'parity':>9} {'in %':>6} {'out %':>6} "
-        "INT8/FP32 (NNCF) at batch 1, 32"
+        "INT8/FP32 (NNCF) and paired ratio of ours to NNCF's at batch 1, 32"
     )
     for name, entry in found.items():
         item, clock = entry.get("structure"), entry.get("timing", {})
@@ -257,7 +275,8 @@ def print_table(found: dict[str, Any]) -> None:
             rows = clock.get(batch)
             if rows:
                 nncf = f"{rows['nncf']['over_fp32']:.2f}" if "nncf" in rows else "-"
-                cells.append(f"{rows['cpu']['over_fp32']:.2f} ({nncf})")
+                paired = f" {rows['over_nncf']['median']:.3f}" if "over_nncf" in rows else ""
+                cells.append(f"{rows['cpu']['over_fp32']:.2f} ({nncf}){paired}")
         print(
             f"{name[-24:]:24} {item['quantized_layers']:4}/{item['layers']:<4} "
             f"{item['adds_with_one_quantized_operand']:3}/{item['residual_adds']:<3} "
@@ -279,6 +298,7 @@ def main() -> None:
     parser.add_argument("--timed-dialects", nargs="+", default=["cpu"], choices=DIALECTS)
     parser.add_argument("--duration", type=float, default=4.0, help="seconds per graph and batch size")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=20, help="paired turns of ours and NNCF's")
     parser.add_argument("--data", default="", help="manifest or image folder; default: random images")
     parser.add_argument("--split", default="train")
     parser.add_argument("--calibration-images", type=int, default=32)

@@ -313,7 +313,7 @@ def train(
     data: Annotated[str | None, typer.Option(help="Image folder or manifest; a path or s3://...")] = None,
     model: Annotated[str | None, typer.Option(help="Torchvision classifier, or package.module:factory.")] = None,
     output: Annotated[str | None, typer.Option(help="File that receives the weights.")] = None,
-    checkpoint: Annotated[str | None, typer.Option(help="Weights to start from.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Weights to start from; a path or s3://...")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training images.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
@@ -383,7 +383,7 @@ def demo(
 
 @app.command()
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="A checkpoint or an ONNX file.")],
+    model: Annotated[str, typer.Argument(help="A checkpoint or an ONNX file; a path or s3://...")],
     data: Annotated[str, typer.Option(help="Image folder or manifest; a path or s3://...")],
     split: Annotated[str, typer.Option(help="Split to evaluate.")] = "test",
     name: Annotated[str, typer.Option("--model", help="Network of a checkpoint.")] = "resnet50",
@@ -414,7 +414,7 @@ def evaluate(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Option(help="File with the FP32 weights.")],
+    checkpoint: Annotated[str, typer.Option(help="File with the FP32 weights; a path or s3://...")],
     model: Annotated[str, typer.Option(help="Torchvision classifier, or package.module:factory.")] = "resnet50",
     precision: Annotated[str, typer.Option(help="fp32 or fp16.")] = "fp32",
     batch_size: Annotated[

@@ -41,6 +41,7 @@ from tasks.modules import equalize_channels, replace_modules
 from tasks.publication import check_destinations, decide, publish, write_report
 from tasks.runners import StageRunner, spread_stages
 from tasks.served import benchmark_served, compare_with_served, decide_on_served, find_served
+from tasks.service import turn_of
 from tasks.stage import RunContext
 from tasks.validation import validate_graph
 
@@ -67,7 +68,7 @@ class _Setting:
 # One thread: each evaluation uses every core, and two at once would only share them.
 @flow(name="quantize-model", task_runner=StageRunner(threads=1))
 def quantize_model(config: PtqConfig) -> RunResult:
-    """Turn one FP32 classifier into a gated, published INT8 model.
+    """Turn one FP32 classifier into a gated, published INT8 model, while no other run does it for the same model.
 
     1. index, draw and decode images   2. load the checkpoint, replace modules, equalize channels
     3. collect statistics
@@ -76,6 +77,12 @@ def quantize_model(config: PtqConfig) -> RunResult:
     what is configured and judge it   10. compare with the version in service   11. publish   12. report
     """
     get_run_logger().info("Config %s: %s", digest(config)[:12], config.model_dump_json())
+    with turn_of(config.model.published_name):
+        return _quantize_model(config)
+
+
+def _quantize_model(config: PtqConfig) -> RunResult:
+    """The stages, in order."""
     run = RunContext(store_uri=config.output.store, run_id=runtime.flow_run.name)
     check_destinations(config)
     identity = resolve_engine(config.engine)

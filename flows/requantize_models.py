@@ -7,7 +7,7 @@ from prefect.states import Completed, Failed, State
 
 from flows.quantize_model import quantize_model
 from tasks.nights import failure_of, note_night
-from tasks.service import announce, find_models, load_model_config, turn_of
+from tasks.service import announce, find_models, load_model_config
 
 
 @flow(name="requantize-models")
@@ -18,8 +18,8 @@ def requantize_models(
 ) -> State[None]:
     """Quantize every model again, each with its own config, and publish those that are good enough.
 
-    For each model: 1. read its config   2. wait for its turn   3. quantize, compare with the version in service,
-    publish   4. tell   5. note the night. A model that fails keeps no other from being done.
+    For each model: 1. read its config   2. quantize, compare with the version in service, publish   3. tell
+    4. note the night. A model that fails keeps no other from being done.
 
     Args:
         models: folder with one config a model.
@@ -39,8 +39,7 @@ def _requantize(models: str, name: str, notify: list[str]) -> str:
     if not loaded.is_completed():
         return f"{name}: {failure_of(loaded)}"
     config = loaded.result()
-    with turn_of(config.model.published_name):
-        run = quantize_model(config, return_state=True)
+    run = quantize_model(config, return_state=True)
     result = run.result() if run.is_completed() else None
     states: list[State[Any]] = [run]
     if result is not None:

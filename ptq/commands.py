@@ -19,6 +19,7 @@ from ptq.engines import open_engine
 from ptq.errors import ManifestError, UsageError
 from ptq.evaluation import SplitImages, evaluate_graph
 from ptq.graph_checks import check_graph
+from ptq.inputs import checkpoint_file
 from ptq.metrics import ClassMetrics, class_metrics, tables_from_parquet
 from ptq.onnx_graph import summarize_onnx
 from ptq.preparation import write_float_model
@@ -38,11 +39,11 @@ class FileEvaluation:
         return {**to_jsonable(self.metrics), **to_jsonable(self.by_class)}
 
 
-def evaluate_file(model: Path, *, name: str, data: DataConfig, split: str, engine: str, threads: int) -> FileEvaluation:
+def evaluate_file(model: str, *, name: str, data: DataConfig, split: str, engine: str, threads: int) -> FileEvaluation:
     """Returns the metrics of a checkpoint or an ONNX file on one split.
 
     Args:
-        model: an ONNX file (`.onnx`), else a checkpoint.
+        model: an ONNX file (`.onnx`), else a checkpoint; a path or s3://...
         name: the network of a checkpoint.
         data: the images and how they are read.
         split: the split to evaluate.
@@ -55,12 +56,12 @@ def evaluate_file(model: Path, *, name: str, data: DataConfig, split: str, engin
     preprocessing = data.preprocessing
     opened = open_engine(engine, threads=threads)
     index = datasets.index_images(data.path, calibration_split=split, selection_split=split, test_split=split)
-    with tempfile.TemporaryDirectory() as directory:
-        graph = model
-        if model.suffix != ".onnx":
+    with checkpoint_file(model) as file, tempfile.TemporaryDirectory() as directory:
+        graph = file
+        if file.suffix != ".onnx":
             graph = Path(directory) / "model.onnx"
             shape = (preprocessing.channels, preprocessing.crop, preprocessing.crop)
-            write_float_model(graph, name=name, checkpoint=model, precision="fp32", input_shape=shape, batch_size=None)
+            write_float_model(graph, name=name, checkpoint=file, precision="fp32", input_shape=shape, batch_size=None)
         summary = summarize_onnx(graph)
         expected = (preprocessing.channels, preprocessing.crop, preprocessing.crop)
         if any(found not in (None, wanted) for found, wanted in zip(summary.input_shape[1:], expected, strict=True)):
@@ -126,7 +127,7 @@ def benchmark_files(
 
 
 def export_files(
-    checkpoint: Path,
+    checkpoint: str,
     *,
     name: str,
     precision: str,
@@ -134,7 +135,7 @@ def export_files(
     input_shape: tuple[int, int, int],
     directory: Path,
 ) -> list[str]:
-    """Writes a checkpoint as ONNX, one file per batch size, one with a dynamic batch if none is given.
+    """Writes a checkpoint, local or in S3, as ONNX, one file per batch size, one with a dynamic batch if none is given.
 
     Returns:
         The paths of the files.
@@ -145,12 +146,14 @@ def export_files(
     check_output_directory(directory)
     written = []
     sizes: Sequence[int | None] = batch_sizes or [None]
-    for size in sizes:
-        path = directory / f"{name.replace(':', '.')}_{precision}_{'dynamic' if size is None else f'batch{size}'}.onnx"
-        write_float_model(
-            path, name=name, checkpoint=checkpoint, precision=precision, input_shape=input_shape, batch_size=size
-        )
-        written.append(str(path))
+    with checkpoint_file(checkpoint) as file:
+        for size in sizes:
+            batch = "dynamic" if size is None else f"batch{size}"
+            path = directory / f"{name.replace(':', '.')}_{precision}_{batch}.onnx"
+            write_float_model(
+                path, name=name, checkpoint=file, precision=precision, input_shape=input_shape, batch_size=size
+            )
+            written.append(str(path))
     return written
 
 

@@ -44,6 +44,11 @@ def is_remote(path: object) -> bool:
     return isinstance(path, str) and path.startswith("s3://")
 
 
+def checkpoint_file(path: str, store: Store | None = None) -> contextlib.AbstractContextManager[Path]:
+    """Returns what yields the file of a checkpoint or ONNX file, local or in S3. See `Inputs.checkpoint`."""
+    return Inputs(store).checkpoint(path) if is_remote(path) else contextlib.nullcontext(Path(path))
+
+
 class Inputs:
     """Objects in S3 by content.
 

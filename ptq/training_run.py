@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ptq.config import TrainingConfig
+from ptq.inputs import Inputs, checkpoint_file, is_remote
 from ptq.models import create_model, factory_digest, load_weights_, read_state_dict
 from ptq.preparation import checkpoint_digest
 from ptq.training import save_checkpoint, train_classifier
@@ -40,7 +41,8 @@ def train_from_files(
     preprocessing = config.data.preprocessing
     model = create_model(config.model, num_classes=class_count, channels=preprocessing.channels, seed=config.seed)
     if config.checkpoint:
-        load_weights_(model, read_state_dict(Path(config.checkpoint)), name=config.model, source=config.checkpoint)
+        with checkpoint_file(config.checkpoint) as file:
+            load_weights_(model, read_state_dict(file), name=config.model, source=config.checkpoint)
     result = train_classifier(
         model,
         train=_arrays(train),
@@ -67,4 +69,5 @@ def _arrays(files: tuple[Path, Path]) -> tuple[np.ndarray, np.ndarray]:
 
 def training_sources(model: str, checkpoint: str) -> list[str]:
     """Returns the digests of what training reads beside the images: a factory's sources and the initial weights."""
-    return [factory_digest(model), checkpoint_digest(Path(checkpoint)) if checkpoint else ""]
+    digest_of = Inputs().checkpoint_digest if is_remote(checkpoint) else lambda path: checkpoint_digest(Path(path))
+    return [factory_digest(model), digest_of(checkpoint) if checkpoint else ""]

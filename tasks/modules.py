@@ -2,7 +2,6 @@
 
 import dataclasses
 import tempfile
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from prefect.logging import get_run_logger
 
 from ptq.calibration import RANGE_IMAGES, ranges_from_files
 from ptq.config import ModelConfig, Normalization, QuantizationConfig
-from ptq.inputs import Inputs, is_remote
+from ptq.inputs import Inputs, checkpoint_file, is_remote
 from ptq.models import factory_digest
 from ptq.onnx_preparation import equalize_onnx_model, prepare_onnx_model
 from ptq.onnx_source import source_digest
@@ -45,8 +44,7 @@ def replace_modules(
     """Load the checkpoint or the ONNX file, fold BatchNorm and decide where quantizers go."""
     store = open_store(run.store_uri)
     prepare = prepare_onnx_model if model.is_onnx else partial(prepare_model, name=model.name)
-    local = Inputs(store).checkpoint(model.checkpoint) if is_remote(model.checkpoint) else None
-    with local or nullcontext(Path(model.checkpoint)) as checkpoint, tempfile.TemporaryDirectory() as directory:
+    with checkpoint_file(model.checkpoint, store) as checkpoint, tempfile.TemporaryDirectory() as directory:
         prepared = prepare(
             checkpoint=checkpoint,
             class_count=len(class_names),

@@ -1,7 +1,4 @@
-"""What the flows that run by themselves need: a model's config, its turn, and someone who is told.
-
-`ptq quantize` needs none of it.
-"""
+"""What the flows that run by themselves need: a model's config, its turn, and someone who is told."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -24,6 +21,7 @@ from ptq.gate import HEADLINES
 from ptq.inputs import Inputs
 from ptq.records import RunResult
 from ptq.store import open_store
+from tasks.progress import has_lasting_server
 from tasks.retries import is_transient
 
 # Renewed while a run holds it; a run that is killed gives its turn back after so long.
@@ -68,7 +66,13 @@ def is_superseded(config: PtqConfig, sha256: str) -> bool:
 
 @contextlib.contextmanager
 def turn_of(model: str) -> Iterator[None]:
-    """Waits until no other run quantizes this model, on whatever machine, and keeps others waiting."""
+    """Waits until no other run quantizes this model, on whatever machine, and keeps others waiting.
+
+    Without a server that stays there is nobody to ask, and nobody waits.
+    """
+    if not has_lasting_server():
+        yield
+        return
     limit = f"ptq-model-{model}"
     with get_client(sync_client=True) as client:
         client.upsert_global_concurrency_limit_by_name(limit, 1)

@@ -8,7 +8,7 @@ done.
 
 import inspect
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
@@ -18,6 +18,7 @@ from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
 from prefect.transactions import TransactionState, get_transaction
 
+from ptq.errors import ArtifactError
 from ptq.machine_lock import shared_machine, whole_machine
 from ptq.records import record_from_json, to_jsonable
 from ptq.source_digests import code_of_stage, library_versions
@@ -79,9 +80,7 @@ def stage(
             run: RunContext = bound.arguments["run"]
             inputs = {key: value for key, value in bound.arguments.items() if key not in ("run", *ignore)}
             store = open_store(run.store_uri)
-            outside = (
-                reads(**{key: bound.arguments[key] for key in inspect.signature(reads).parameters}) if reads else None
-            )
+            outside = _outside(reads, bound.arguments)
             code = code_of_stage(function)
             made_by = {"code": code.sha256, "libraries": library_versions(code.libraries)}
             key = stage_key(name, {"arguments": inputs, "outside": outside, **made_by})
@@ -94,6 +93,11 @@ def stage(
             with _MACHINE[machine]():
                 started = time.monotonic()
                 made = function(*args, **kwargs)
+            if _outside(reads, bound.arguments) != outside:
+                raise ArtifactError(
+                    f"What {name} reads was replaced while it read it, so its result is of neither version and was not "
+                    "kept. Expected checkpoint and images that nobody writes to. Run again."
+                )
             entry = StageEntry(
                 name, key, to_jsonable(made), round(time.monotonic() - started, 3), round(time.time(), 3)
             )
@@ -117,6 +121,13 @@ def stage(
         return cast(Task[Parameters, Result], wrapped)
 
     return decorate
+
+
+def _outside(reads: Callable[..., Any] | None, arguments: Mapping[str, Any]) -> Any:
+    """The digest of what a stage reads from outside the store, None where it reads nothing."""
+    if reads is None:
+        return None
+    return reads(**{key: arguments[key] for key in inspect.signature(reads).parameters})
 
 
 def _show_as_cached() -> None:

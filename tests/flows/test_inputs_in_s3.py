@@ -1,6 +1,7 @@
 """Does a whole run work with checkpoint and images in a bucket, and read again only what changed?"""
 
 import shutil
+from pathlib import Path
 
 import networks
 import pytest
@@ -8,8 +9,11 @@ import torch
 from s3_servers import BUCKET, moto_server
 
 from flows.quantize_model import quantize_model
+from flows.train_model import train_model
 from ptq import datasets
-from ptq.config import PtqConfig
+from ptq.commands import evaluate_file, export_files
+from ptq.config import DataConfig, PreprocessingConfig, PtqConfig, TrainingConfig
+from ptq.errors import CheckpointError
 from ptq.s3_objects import RemoteObjects
 from ptq.store import open_store
 
@@ -127,3 +131,58 @@ def test_a_checkpoint_of_the_same_size_with_other_weights_is_noticed(bucket, wor
     assert work["read"] == ["checkpoints/small.pth"]
     assert "replace_modules" in computed
     assert not computed & {"index_images", "prepare_split"}
+
+
+def test_the_other_commands_read_checkpoints_from_the_bucket_too(bucket, tmp_path, image_folder):
+    uri = f"s3://{BUCKET}/checkpoints/small.pth"
+    local = str(tmp_path / "small.pth")
+    sized = PreprocessingConfig(resize=24, crop=24)
+    data = DataConfig(path=str(image_folder), preprocessing=sized)
+    found = [
+        evaluate_file(path, name="networks:SmallResNet", data=data, split="test", engine="openvino", threads=1)
+        for path in (uri, local)
+    ]
+    assert found[0].to_json() == found[1].to_json()
+    written = [
+        export_files(
+            path,
+            name="networks:SmallResNet",
+            precision="fp32",
+            batch_sizes=[],
+            input_shape=(3, 24, 24),
+            directory=tmp_path / folder,
+        )  # fmt: skip
+        for path, folder in ((uri, "remote"), (local, "local"))
+    ]
+    remote, beside = ([Path(path).read_bytes() for path in paths] for paths in written)
+    assert remote == beside
+    trained = [
+        train_model(
+            TrainingConfig(
+                model="networks:SmallResNet",
+                data=data,
+                epochs=1,
+                checkpoint=path,
+                output=str(tmp_path / name / "t.pth"),
+            ),
+            store=str(tmp_path / name),
+            threads=1,
+        )  # fmt: skip
+        for path, name in ((uri, "from-bucket"), (local, "from-file"))
+    ]
+    assert trained[0].checkpoint.sha256 == trained[1].checkpoint.sha256
+
+
+@pytest.mark.parametrize("command", [evaluate_file, export_files])
+def test_a_checkpoint_that_the_bucket_lacks_is_named(bucket, tmp_path, image_folder, command):
+    options = {
+        evaluate_file: {
+            "data": DataConfig(path=str(image_folder)),
+            "split": "test",
+            "engine": "openvino",
+            "threads": 1,
+        },
+        export_files: {"precision": "fp32", "batch_sizes": [], "input_shape": (3, 24, 24), "directory": tmp_path},
+    }
+    with pytest.raises(CheckpointError, match=f"Checkpoint s3://{BUCKET}/absent.pth does not exist"):
+        command(f"s3://{BUCKET}/absent.pth", name="resnet18", **options[command])

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ptq.errors import CalibrationError
+from ptq.errors import ArtifactError, CalibrationError
 from ptq.records import ArtifactRef
 from ptq.store import open_store
 from tasks.retries import is_transient
@@ -55,6 +55,23 @@ def test_a_change_outside_the_store_is_seen(run):
     double.fn(3, run=run)
     outside["content"] = "b"
     double.fn(3, run=run)
+    assert calls == [3, 3]
+
+
+@stage(returns=Doubled, timeout_seconds=10, reads=lambda value: outside["content"])
+def overtaken(value: int, *, run: RunContext) -> Doubled:
+    """Double a number while somebody replaces what it reads, the first time."""
+    calls.append(value)
+    outside["content"] = "b"
+    return Doubled(2 * value, open_store(run.store_uri).put_bytes(b"", "empty.txt"))
+
+
+def test_what_was_read_while_it_was_replaced_is_not_kept(run):
+    with pytest.raises(ArtifactError, match="What overtaken reads was replaced while it read it"):
+        overtaken.fn(3, run=run)
+    assert open_store(run.store_uri).run_stages("run-1") == []
+    overtaken.fn(3, run=run)
+    overtaken.fn(3, run=run)
     assert calls == [3, 3]
 
 
