@@ -124,6 +124,16 @@ def input_at(node: Node, index: int) -> Tensor | None:
     return node.inputs[index] if index < len(node.inputs) and node.inputs[index].name else None
 
 
+def is_zero_padding(node: Node) -> bool:
+    """Tells whether a node pads with zeros, which a symmetric quantizer leaves as they are."""
+    mode = node.attrs.get("mode", "constant")
+    if node.op != "Pad" or mode not in ("constant", b"constant"):
+        return False
+    given = input_at(node, 2)
+    value = node.attrs.get("value", 0.0) if given is None else constant(given)
+    return value is not None and not np.any(value)
+
+
 def walk_back(tensor: Tensor, operators: frozenset[str]) -> tuple[list[Node], Tensor]:
     """Returns the nodes of the given operators before `tensor`, nearest first, and the tensor where they begin."""
     chain: list[Node] = []
@@ -287,7 +297,7 @@ class QdqGraph:
     def dequantize_behind(self, tensor: Tensor) -> Node | None:
         """Returns the DQ a tensor comes from, with commuting operators only between; None if there is none.
 
-        A concat commutes if all its operands come from a DQ with one scale.
+        Zero padding commutes, and a concat does if all its operands come from a DQ with one scale.
         """
         if tensor.name not in self._dequantize_behind:
             self._dequantize_behind[tensor.name] = None  # ends the walk on a cycle
@@ -299,6 +309,8 @@ class QdqGraph:
         node = producer(source)
         if node is None or node.op == DEQUANTIZE:
             return node
+        if is_zero_padding(node):
+            return self.dequantize_behind(node.inputs[0])
         if node.op != "Concat":
             return None
         behind = [self.dequantize_behind(operand) for operand in node.inputs]
@@ -376,7 +388,7 @@ class QdqGraph:
             layer = layers.get(id(node))
             if layer is not None:
                 runs_int8 = self.is_quantized(layer)
-            elif node.op in _COMMUTING or node.op in _AVERAGE_POOLS or node.op == "ReduceMean":
+            elif node.op in _COMMUTING | _AVERAGE_POOLS | {"ReduceMean"} or is_zero_padding(node):
                 runs_int8 = self._is_fused(node, int8) or self.dequantize_behind(node.inputs[0]) is not None
                 runs_int8 = runs_int8 or (node.op in _COMMUTING and self._is_only_quantized(node))
             else:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ptq.errors import UsageError
-from ptq.graph_walk import Layer, Node, QdqGraph, Tensor, constant, producer
+from ptq.graph_walk import Layer, Node, QdqGraph, Tensor, constant, is_zero_padding, producer
 from ptq.records import LayerInput, PlacementPlan, QuantizerSpec
 
 _WEIGHT_ENDING = ".weight"
@@ -59,14 +59,18 @@ def place_quantizers(
     for pool in graph.average_pools() if pools else ():
         for reader in (pool, *_gate_multiplications(pool)):
             requests.ask(pool.inputs[0], reader)
-    for name in quantized:
-        for layer in by_name[name]:
-            written = layer.node.outputs[0]
-            if layer.node.op in _CONVOLUTIONS and [reader.op for reader in written.outputs] == ["Transpose"]:
-                requests.ask(written, written.outputs[0])
     adds = residual_adds(graph, layers)
+    for node in (*(layer.node for name in quantized for layer in by_name[name]), *(adds if residuals else ())):
+        written = _with_bias(node).outputs[0]
+        if [reader.op for reader in written.outputs] == ["Transpose"]:
+            requests.ask(written, written.outputs[0])
     for add in adds if residuals else ():
-        requests.ask(identity_operand(add, layers), add)
+        identity = identity_operand(add, layers)
+        source, reader = _cut_from(graph, identity)
+        if reader is not None and requests.has(source):
+            requests.ask(source, reader)
+        else:
+            requests.ask(identity, add)
     weights = [_weight_quantizer(name, by_name[name][0]) for name in quantized]
     others = [layer for layer in graph.layers if id(layer.node) not in {id(known.node) for known in layers}]
     return PlacementPlan(
@@ -123,6 +127,14 @@ def _warnings(others: Sequence[Layer]) -> tuple[str, ...]:
 def _channel_axis(node: Node) -> int:
     """The axis of the input channels: the last for a linear layer, else the second."""
     return -1 if node.op in ("Gemm", "MatMul") else 1
+
+
+def _with_bias(node: Node) -> Node:
+    """The addition of a bias that a MatMul's result goes into, else the node."""
+    readers = node.outputs[0].outputs
+    if node.op == "MatMul" and [reader.op for reader in readers] == ["Add"] and len(_operands(readers[0])) == 1:
+        return readers[0]
+    return node
 
 
 def _gate_multiplications(pool: Node) -> list[Node]:
@@ -207,6 +219,17 @@ def identity_operand(add: Node, layers: Sequence[Layer]) -> Tensor:
     return left if left.name not in weighted else right
 
 
+def _cut_from(graph: QdqGraph, tensor: Tensor) -> tuple[Tensor, Node | None]:
+    """The tensor that slices and zero padding alone have made this one from, and who reads it; itself and None else."""
+    reader = None
+    while graph.is_private(tensor):
+        node = producer(tensor)
+        if node is None or not (node.op == "Slice" or is_zero_padding(node)):
+            break
+        tensor, reader = node.inputs[0], node
+    return tensor, reader
+
+
 # One quantizer per tensor
 
 
@@ -232,6 +255,10 @@ class _Requests:
         group = self._groups.setdefault(tensor.name, _Group(tensors=[tensor], observed=tensor))
         if reader.name not in group.readers:
             group.readers.append(reader.name)
+
+    def has(self, tensor: Tensor) -> bool:
+        """Whether somebody reads `tensor` quantized."""
+        return tensor.name in self._groups
 
     def specs(self) -> Iterable[QuantizerSpec]:
         """Returns the specs in the order of the graph, with quantizers moved before operations that commute."""

@@ -4,8 +4,9 @@ Reads the BatchNorm-folded `torch.fx` graph and decides which tensors get a quan
 which readers see the quantized value. Nothing is changed here; `fake_quant` carries the plan out. The rules
 are NVIDIA's for explicit quantization: inputs and weights of weighted layers, one operand of every residual
 add (the identity), inputs of average pools, and one scale per tensor however many layers read it. A gate of
-squeeze-and-excitation multiplies its pool's input again, and reads it quantized too. What a convolution hands to a
-permutation of axes alone, as in ConvNeXt, is quantized before it, so that it is written and moved as INT8.
+squeeze-and-excitation multiplies its pool's input again, and reads it quantized too. What a layer or a residual
+add hands to a permutation of axes alone, as in ConvNeXt, is quantized before it, so that it is written and
+moved as INT8. A shortcut that is cut from a quantized tensor, or padded with zeros, needs no quantizer of its own.
 """
 
 import operator
@@ -120,14 +121,21 @@ def place_quantizers(
         elif pools and _is_average_pool(module, node):
             for reader in (node, *_gate_multiplications(node)):
                 requests.ask(_tensor_input(node), reader)
+    adds = residual_adds(module)
+    int8 = {node for node in module.graph.nodes if node.target in quantized} | (set(adds) if residuals else set())
+    for node in module.graph.nodes:
         if _is_permutation(node):
             source = _tensor_input(node)
-            if source.target in quantized and _is_convolution(module, source) and len(source.users) == 1:
+            if source in int8 and len(source.users) == 1:
                 requests.ask(source, node)
-    adds = residual_adds(module)
     if residuals:
         for add in adds:
-            requests.ask(identity_operand(module, add), add)
+            identity = identity_operand(module, add)
+            source, reader = _cut_from(identity)
+            if reader is not None and requests.has(source):
+                requests.ask(source, reader)
+            else:
+                requests.ask(identity, add)
     for concats in dense_blocks(module):
         requests.ask_for_block(concats)
     return PlacementPlan(
@@ -227,6 +235,31 @@ def _is_max_pool(module: fx.GraphModule, node: fx.Node) -> bool:
 
 def _is_permutation(node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method") and node.target in _PERMUTATIONS
+
+
+def _cut_from(tensor: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """The tensor that slices and zero padding alone have made this one from, and who reads it; itself and None else.
+
+    They commute with its quantizer: the shortcut of a CIFAR ResNet is such a tensor.
+    """
+    reader = None
+    while len(tensor.users) == 1 and (_is_slice(tensor) or _is_zero_padding(tensor)):
+        tensor, reader = _tensor_input(tensor), tensor
+    return tensor, reader
+
+
+def _is_slice(node: fx.Node) -> bool:
+    if node.op != "call_function" or node.target is not operator.getitem:
+        return False
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    return all(isinstance(part, slice) or part is Ellipsis for part in index)
+
+
+def _is_zero_padding(node: fx.Node) -> bool:
+    if node.op != "call_function" or node.target not in (F.pad, torch.constant_pad_nd):
+        return False
+    arguments = {**dict(zip(("input", "pad", "mode", "value"), node.args, strict=False)), **node.kwargs}
+    return arguments.get("mode", "constant") == "constant" and not arguments.get("value")
 
 
 def _is_concat(node: fx.Node) -> bool:
@@ -385,6 +418,10 @@ class _Requests:
             self._groups[tensor] = group
         if reader.name not in group.readers:
             group.readers.append(reader.name)
+
+    def has(self, tensor: fx.Node) -> bool:
+        """Whether somebody reads `tensor` quantized."""
+        return tensor in self._groups
 
     def ask_for_block(self, concats: list[fx.Node]) -> None:
         """Notes that the operands of a dense block's concats are to be quantized with the scale of their last concat.

@@ -92,6 +92,8 @@ def assert_same_placement(model, directory, *, size=24, classes=4, dynamic=False
 class ZeroPadded(nn.Module):
     """A residual block whose shortcut is a slice with zero channels around it, as in the CIFAR ResNets."""
 
+    value = 0.0
+
     def __init__(self):
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, padding=1)
@@ -103,8 +105,14 @@ class ZeroPadded(nn.Module):
     def forward(self, x):
         x = F.relu(self.stem(x))
         out = self.conv2(F.relu(self.bn1(self.conv1(x))))
-        x = F.relu(out + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4)))
+        x = F.relu(out + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4), value=self.value))
         return self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+
+
+class PaddedWithOnes(ZeroPadded):
+    """The same with ones, so that the shortcut has a quantizer of its own."""
+
+    value = 1.0
 
 
 class Gate(nn.Module):
@@ -166,7 +174,7 @@ def test_a_resnet_has_the_quantizers_of_the_pytorch_way_with_every_option(tmp_pa
     assert_same_placement(networks.small_resnet(), tmp_path, **options)
 
 
-@pytest.mark.parametrize("network", [ZeroPadded, Gate, Fire, DoublyJoined])
+@pytest.mark.parametrize("network", [ZeroPadded, PaddedWithOnes, Gate, Fire, DoublyJoined])
 def test_other_shapes_of_networks_have_the_quantizers_of_the_pytorch_way(tmp_path, network):
     found = assert_same_placement(network().eval(), tmp_path)
     for dialect in ("cpu", "tensorrt"):

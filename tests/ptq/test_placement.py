@@ -154,9 +154,24 @@ def test_an_identity_that_a_convolution_reads_is_read_quantized_by_the_add_as_in
     assert shared == [{"add_1", "features_3_0_block_0"}, {"add_2", "features_3_1_block_0"}]
 
 
-def test_what_a_convolution_hands_to_a_permutation_is_quantized_before_it():
-    plan = plan_of(Permuted().eval())
-    assert spec(plan, "depthwise").readers == ("permute",)
+def test_what_a_layer_hands_to_a_permutation_alone_is_quantized_before_it():
+    assert spec(plan_of(Permuted().eval()), "depthwise").readers == ("permute",)
+    plan = plan_of(small_convnext().eval())
+    linear = [name for name in plan.quantized_layers if name.endswith("block.5")]
+    assert all(spec(plan, name.replace(".", "_")).readers[0].startswith("permute") for name in linear)
+    assert len(linear) == 3
+
+
+def test_what_a_residual_add_hands_to_a_permutation_alone_is_quantized_before_it():
+    plan = plan_of(small_convnext().eval())
+    assert spec(plan, "add").readers == ("permute_4",)
+    kept = plan_of(small_convnext().eval(), residuals=False)
+    assert "add" not in {quantizer.name for quantizer in kept.activations}
+
+
+def test_a_layer_in_float_hands_floats_to_a_permutation():
+    plan = plan_of(Permuted().eval(), first_layer=False)
+    assert "depthwise" not in {quantizer.name for quantizer in plan.activations}
 
 
 def test_a_permutation_commutes_with_the_quantizer_behind_it():
@@ -168,6 +183,33 @@ def test_a_permutation_commutes_with_the_quantizer_behind_it():
 
 def test_a_permutation_that_an_operation_in_float_reads_too_keeps_its_quantizer_behind_it():
     assert spec(plan_of(Permuted(reads_twice=True).eval()), "permute_1").tensors == ("permute_1",)
+
+
+def test_a_shortcut_that_is_cut_and_padded_from_a_quantized_tensor_shares_its_quantizer():
+    plan = plan_of(ZeroPadded().eval())
+    assert spec(plan, "relu").readers == ("conv", "getitem")
+    assert plan.quantized_residual_adds == 1
+
+
+@pytest.mark.parametrize("options", [{"value": 1.0}, {"mode": "replicate"}], ids=str)
+def test_a_shortcut_that_is_padded_with_other_numbers_has_a_quantizer_of_its_own(options):
+    plan = plan_of(ZeroPadded(**options).eval())
+    assert spec(plan, "relu").readers == ("conv",)
+    assert spec(plan, "pad").readers == ("add",)
+
+
+class ZeroPadded(nn.Module):
+    """A residual block whose shortcut is a slice of what its convolution reads, with rows added around it."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.options = options
+        self.stem, self.conv = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        shortcut = torch.nn.functional.pad(x[:, :, 1:-1], (0, 0, 1, 1), **self.options)
+        return (self.conv(x) + shortcut).mean((2, 3))
 
 
 class Permuted(nn.Module):
