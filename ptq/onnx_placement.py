@@ -60,15 +60,16 @@ def place_quantizers(
         for reader in (pool, *_gate_multiplications(pool)):
             requests.ask(pool.inputs[0], reader)
     adds = residual_adds(graph, layers)
-    for node in (*(layer.node for name in quantized for layer in by_name[name]), *(adds if residuals else ())):
+    nodes = [layer.node for name in quantized for layer in by_name[name]]
+    for node in (*nodes, *(adds if residuals else ())):
         written = _with_bias(node).outputs[0]
         if [reader.op for reader in written.outputs] == ["Transpose"]:
             requests.ask(written, written.outputs[0])
     for add in adds if residuals else ():
         identity = identity_operand(add, layers)
-        source, reader = _cut_from(graph, identity)
-        if reader is not None and requests.has(source):
-            requests.ask(source, reader)
+        source, cutter = _cut_from(graph, identity)
+        if cutter is not None and requests.has(source):
+            requests.ask(source, cutter)
         else:
             requests.ask(identity, add)
     weights = [_weight_quantizer(name, by_name[name][0]) for name in quantized]

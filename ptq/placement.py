@@ -131,9 +131,9 @@ def place_quantizers(
     if residuals:
         for add in adds:
             identity = identity_operand(module, add)
-            source, reader = _cut_from(identity)
-            if reader is not None and requests.has(source):
-                requests.ask(source, reader)
+            source, cutter = _cut_from(identity)
+            if cutter is not None and requests.has(source):
+                requests.ask(source, cutter)
             else:
                 requests.ask(identity, add)
     for concats in dense_blocks(module):
