@@ -37,7 +37,6 @@ from ptq.images import network_input
 from ptq.latency import TimedCalls, interleave, summarize
 from ptq.metrics import cosine_per_image, sqnr_db
 from ptq.onnx_graph import summarize_onnx, write_candidate
-from ptq.placement import residual_adds
 from ptq.preparation import PreparedModel, folded_from_state, prepare_model, write_template
 
 DIALECTS: tuple[Dialect, ...] = ("cpu", "tensorrt")
@@ -110,11 +109,10 @@ def structure(network: Network) -> dict[str, Any]:
     with torch.inference_mode():
         fp32 = folded.module(torch.from_numpy(inputs)).numpy()
     openvino, reference = (open_engine(name, threads=0) for name in ("openvino", "onnxruntime"))
-    adds = residual_adds(folded.module) if isinstance(folded.module, torch.fx.GraphModule) else []
     layers = len(plan.quantized_layers) + len(plan.float_layers)
     found: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(), "side": network.side, "traced": plan.traced,
-        "layers": layers, "quantized_layers": len(plan.quantized_layers), "residual_adds": len(adds),
+        "layers": layers, "quantized_layers": len(plan.quantized_layers), "residual_adds": plan.residual_adds,
         "adds_with_one_quantized_operand": plan.quantized_residual_adds,
         "activation_quantizers": len(plan.activations), "warnings": list(prepared.warnings),
     }  # fmt: skip

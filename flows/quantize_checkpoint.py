@@ -5,7 +5,7 @@ from prefect.states import Completed, State
 
 from flows.quantize_model import quantize_model
 from ptq.records import RunResult
-from tasks.service import announce, is_superseded, load_model_config
+from tasks.service import announce, is_superseded, load_model_config, turn_of
 
 
 @flow(name="quantize-checkpoint", flow_run_name="{model}")
@@ -18,8 +18,8 @@ def quantize_checkpoint(
 ) -> State[RunResult]:
     """Quantize the checkpoint that an event names with its model's own config, and publish it if it is good enough.
 
-    1. read the model's config   2. nothing, where the checkpoint was replaced since   3. quantize, compare with the
-    version in service, publish   4. tell
+    1. read the model's config   2. wait for the model's turn   3. nothing, where the checkpoint was replaced since
+    4. quantize, compare with the version in service, publish   5. tell
 
     Args:
         uri: the checkpoint, a path or s3://bucket/key.
@@ -29,8 +29,9 @@ def quantize_checkpoint(
         notify: Prefect notification blocks that are told of a rejected model, such as slack-webhook/operations.
     """
     config = load_model_config(models, model, checkpoint=uri)
-    if is_superseded(config, sha256):
-        return Completed(name="Superseded", message=f"{uri} was replaced since; an event of its own tells of it.")
-    result = quantize_model(config)
+    with turn_of(config.model.published_name, config.output.store):
+        if is_superseded(config, sha256):
+            return Completed(name="Superseded", message=f"{uri} was replaced since; an event of its own tells of it.")
+        result = quantize_model(config)
     announce(result, notify)
     return Completed(name="Published" if result.accepted else "Rejected", message=result.sentence, data=result)

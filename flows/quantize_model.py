@@ -77,14 +77,14 @@ def quantize_model(config: PtqConfig) -> RunResult:
     what is configured and judge it   10. compare with the version in service   11. publish   12. report
     """
     get_run_logger().info("Config %s: %s", digest(config)[:12], config.model_dump_json())
-    with turn_of(config.model.published_name):
+    check_destinations(config)
+    with turn_of(config.model.published_name, config.output.store):
         return _quantize_model(config)
 
 
 def _quantize_model(config: PtqConfig) -> RunResult:
     """The stages, in order."""
     run = RunContext(store_uri=config.output.store, run_id=runtime.flow_run.name)
-    check_destinations(config)
     identity = resolve_engine(config.engine)
     spread_stages(config, identity)
     precisions = list_precisions(config.engine, identity)

@@ -127,7 +127,7 @@ def input_at(node: Node, index: int) -> Tensor | None:
 def is_zero_padding(node: Node) -> bool:
     """Tells whether a node pads with zeros, which a symmetric quantizer leaves as they are."""
     mode = node.attrs.get("mode", "constant")
-    if node.op != "Pad" or mode not in ("constant", b"constant"):
+    if node.op != "Pad" or not node.inputs or mode not in ("constant", b"constant"):
         return False
     given = input_at(node, 2)
     value = node.attrs.get("value", 0.0) if given is None else constant(given)
@@ -358,18 +358,54 @@ class QdqGraph:
                     yield node
 
     def residual_adds(self) -> Iterator[ResidualAdd]:
-        """Yields the adds of two activations of which one ends in a quantized convolution that nothing else reads.
+        """Yields the adds of two activations that an engine can have in INT8.
 
-        In a MobileNetV2 the identity may be a convolution's output too; the next block reads it as well, so that it is
-        no branch.
+        One operand ends in a quantized convolution that nothing else reads: in a MobileNetV2 the identity may be a
+        convolution's output too, but the next block reads it as well, so that it is no branch. Or one is the identity,
+        from which the other is computed, and a quantized convolution reads it too, as in ConvNeXt.
         """
         for node in self.nodes:
             if node.op != "Add" or len(node.inputs) != 2 or any(self._is_weight(operand) for operand in node.inputs):
                 continue
             first, second = (self._ends_in_conv(operand) for operand in node.inputs)
-            if first or second:
+            if (
+                first
+                or second
+                or self._is_shared_identity(*node.inputs)
+                or self._is_shared_identity(*node.inputs[::-1])
+            ):
                 left, right = (self.dequantize_behind(operand) is not None for operand in node.inputs)
                 yield ResidualAdd(node, (first, second), (left, right))
+
+    def _is_shared_identity(self, tensor: Tensor, other: Tensor) -> bool:
+        """Whether a quantized convolution reads the tensor, and `other` is computed from it."""
+        dequantize = producer(tensor)
+        quantize = source_quantize(dequantize) if dequantize is not None and dequantize.op == DEQUANTIZE else None
+        if quantize is not None and quantize.inputs:
+            tensor = quantize.inputs[0]
+        readers = {id(reader) for node in tensor.outputs for reader in self._behind_quantizer(node)}
+        convolutions = [layer for layer in self.layers if layer.node.op in ("Conv", "ConvTranspose")]
+        if not any(id(layer.node) in readers and self.is_quantized(layer) for layer in convolutions):
+            return False
+        seen: set[str] = set()
+        pending = [other]
+        while pending:
+            current = pending.pop()
+            if current.name == tensor.name:
+                return True
+            if current.name not in seen:
+                seen.add(current.name)
+                node = producer(current)
+                pending += node.inputs if node is not None else []
+        return False
+
+    @staticmethod
+    def _behind_quantizer(node: Node) -> list[Node]:
+        """The readers behind a Q and its DQ; the node itself if it is none."""
+        if node.op != QUANTIZE:
+            return [node]
+        dequantizes = [reader for tensor in node.outputs for reader in tensor.outputs]
+        return [reader for dequantize in dequantizes for tensor in dequantize.outputs for reader in tensor.outputs]
 
     def float_nodes(self) -> list[Node]:
         """Returns the nodes that compute in float, in the order of the graph.

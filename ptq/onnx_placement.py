@@ -9,11 +9,13 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ptq.errors import UsageError
-from ptq.graph_walk import Layer, Node, QdqGraph, Tensor, constant, is_zero_padding, producer
+from ptq.graph_walk import RESHAPING, Layer, Node, QdqGraph, Tensor, constant, is_zero_padding, producer
 from ptq.records import LayerInput, PlacementPlan, QuantizerSpec
 
 _WEIGHT_ENDING = ".weight"
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
+# A quantizer behind them may as well stand before them.
+_COMMUTING = ("MaxPool", "Transpose")
 # What stays in float where adds or average pools are left alone by choice.
 _ADD_OPERATORS = ("Add",)
 _POOL_OPERATORS = ("AveragePool", "GlobalAveragePool", "ReduceMean")
@@ -59,11 +61,11 @@ def place_quantizers(
     for pool in graph.average_pools() if pools else ():
         for reader in (pool, *_gate_multiplications(pool)):
             requests.ask(pool.inputs[0], reader)
-    adds = residual_adds(graph, layers)
     nodes = [layer.node for name in quantized for layer in by_name[name]]
+    adds = residual_adds(graph, layers, nodes)
     for node in (*nodes, *(adds if residuals else ())):
         written = _with_bias(node).outputs[0]
-        if [reader.op for reader in written.outputs] == ["Transpose"]:
+        if [reader.op for reader in written.outputs] == ["Transpose"] and requests.may_take_moved(written.outputs[0]):
             requests.ask(written, written.outputs[0])
     for add in adds if residuals else ():
         identity = identity_operand(add, layers)
@@ -133,9 +135,12 @@ def _channel_axis(node: Node) -> int:
 def _with_bias(node: Node) -> Node:
     """The addition of a bias that a MatMul's result goes into, else the node."""
     readers = node.outputs[0].outputs
-    if node.op == "MatMul" and [reader.op for reader in readers] == ["Add"] and len(_operands(readers[0])) == 1:
-        return readers[0]
-    return node
+    if node.op != "MatMul" or [reader.op for reader in readers] != ["Add"]:
+        return node
+    constants = [values for tensor in readers[0].inputs if (values := constant(tensor)) is not None]
+    width = constant(node.inputs[1])
+    is_bias = len(constants) == 1 and width is not None and constants[0].shape == width.shape[1:]
+    return readers[0] if is_bias else node
 
 
 def _gate_multiplications(pool: Node) -> list[Node]:
@@ -169,22 +174,30 @@ def _reach(tensor: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def residual_adds(graph: QdqGraph, layers: Sequence[Layer]) -> list[Node]:
+def _is_sum(node: Node) -> bool:
+    """Whether a node adds two different activations."""
+    operands = _operands(node) if node.op == "Add" else []
+    return len(operands) == 2 and operands[0] is not operands[1]
+
+
+def residual_adds(graph: QdqGraph, layers: Sequence[Layer], quantized: Sequence[Node]) -> list[Node]:
     """Returns the additions of two activations that share an ancestor and that can be had in INT8.
 
-    At least one operand ends in a convolution, or a convolution reads the identity: see `placement.residual_adds`.
+    At least one operand ends in a convolution, or a convolution among the nodes of `quantized` layers reads the
+    identity: see `placement.residual_adds`.
     """
+    convolutions = {id(node) for node in quantized if node.op in _CONVOLUTIONS}
     adds = []
     for node in graph.nodes:
-        operands = _operands(node) if node.op == "Add" else []
-        if len(operands) != 2 or operands[0] is operands[1]:
+        if not _is_sum(node):
             continue
+        operands = _operands(node)
         reach = [set(_reach(operand)) for operand in operands]
         shared = reach[0] & reach[1]
         branches = [operand for operand, names in zip(operands, reach, strict=True) if names - shared]
         if shared and (
             any(_ends_in_convolution(branch, layers) for branch in branches)
-            or any(reader.op in _CONVOLUTIONS for reader in identity_operand(node, layers).outputs)
+            or any(id(reader) in convolutions for reader in identity_operand(node, layers).outputs)
         ):
             adds.append(node)
     return adds
@@ -261,6 +274,17 @@ class _Requests:
         """Whether somebody reads `tensor` quantized."""
         return tensor.name in self._groups
 
+    def may_take_moved(self, permutation: Node) -> bool:
+        """Whether a permutation may read its input quantized: see the method of this name in `placement`."""
+        pending = [permutation]
+        while pending:
+            moved = pending.pop().outputs[0]
+            is_output = any(moved is output for output in self._graph.outputs)
+            if is_output or moved.name in self._groups or any(_is_sum(reader) for reader in moved.outputs):
+                return False
+            pending += [reader for reader in moved.outputs if reader.op in RESHAPING]
+        return self._graph.is_private(permutation.inputs[0])
+
     def specs(self) -> Iterable[QuantizerSpec]:
         """Returns the specs in the order of the graph, with quantizers moved before operations that commute."""
         for name in list(self._groups) if self._commuting_pools else ():
@@ -286,15 +310,21 @@ class _Requests:
     def _move_before_commuting(self, name: str) -> None:
         """max(Q(x)) = Q(max(x)), and so for permutations: the quantizer before it lets the operation run in INT8."""
         node = producer(self._groups[name].tensors[0])
-        while node is not None and node.op in ("MaxPool", "Transpose") and len(node.outputs) == 1:
+        while node is not None and node.op in _COMMUTING and len(node.outputs) == 1:
             source, result = node.inputs[0], node.outputs[0]
-            others = {reader.name for reader in result.outputs} - set(self._groups[result.name].readers)
-            if source.name in self._groups or not self._graph.is_private(source) or others:
+            group = self._groups[result.name]
+            if source.name in self._groups or not self._graph.is_private(source) or group.tensors != [result]:
                 return
-            group = self._groups.pop(result.name)
+            if any(reader.name not in group.readers and not self._hands_on(reader) for reader in result.outputs):
+                return
+            del self._groups[result.name]
             group.tensors, group.readers = [source], [node.name]
             self._groups[source.name] = group
             node = producer(source)
+
+    def _hands_on(self, node: Node) -> bool:
+        """Whether a node moves or compares numbers that it hands to a quantizer."""
+        return node.op in _COMMUTING and node.outputs[0].name in self._groups
 
     def _move_before_concat(self, name: str) -> None:
         """The operands of a concat, where nothing else reads them, are quantized with one scale before it."""

@@ -6,7 +6,8 @@ are NVIDIA's for explicit quantization: inputs and weights of weighted layers, o
 add (the identity), inputs of average pools, and one scale per tensor however many layers read it. A gate of
 squeeze-and-excitation multiplies its pool's input again, and reads it quantized too. What a layer or a residual
 add hands to a permutation of axes alone, as in ConvNeXt, is quantized before it, so that it is written and
-moved as INT8. A shortcut that is cut from a quantized tensor, or padded with zeros, needs no quantizer of its own.
+moved as INT8, unless an addition or the output reads what is moved. A shortcut that is cut from a quantized
+tensor, or padded with zeros, needs no quantizer of its own.
 """
 
 import operator
@@ -26,7 +27,14 @@ _MAX_POOLS = (nn.MaxPool2d,)
 _AVERAGE_POOL_FUNCTIONS = {F.avg_pool2d, F.adaptive_avg_pool2d}
 _MAX_POOL_FUNCTIONS = {F.max_pool2d, torch.max_pool2d}
 _ADDS = {operator.add, torch.add}
-_PERMUTATIONS = (torch.permute, "permute", torch.transpose, "transpose")
+_PERMUTATIONS = (
+    torch.permute, "permute", torch.transpose, "transpose", torch.swapaxes, "swapaxes", torch.movedim, "movedim",
+)  # fmt: skip
+# With the permutations, what moves numbers and computes none.
+_RESHAPES = (
+    torch.reshape, "reshape", "view", torch.flatten, "flatten", "contiguous", torch.squeeze, "squeeze",
+    torch.unsqueeze, "unsqueeze",
+)  # fmt: skip
 _MULTIPLICATIONS = (operator.mul, torch.mul, "mul")
 # What a graph has where adds or average pools stay in float by choice.
 _ADD_OPERATORS = ("Add",)
@@ -121,17 +129,16 @@ def place_quantizers(
         elif pools and _is_average_pool(module, node):
             for reader in (node, *_gate_multiplications(node)):
                 requests.ask(_tensor_input(node), reader)
-    adds = residual_adds(module)
-    int8 = {node for node in module.graph.nodes if node.target in quantized} | (set(adds) if residuals else set())
+    adds = residual_adds(module, quantized)
+    calls = {node for node in module.graph.nodes if node.op == "call_module" and node.target in quantized}
+    int8 = calls | (set(adds) if residuals else set())
     for node in module.graph.nodes:
-        if _is_permutation(node):
-            source = _tensor_input(node)
-            if source in int8 and len(source.users) == 1:
-                requests.ask(source, node)
+        if _is_permutation(node) and _tensor_input(node) in int8 and requests.may_take_moved(node):
+            requests.ask(_tensor_input(node), node)
     if residuals:
         for add in adds:
             identity = identity_operand(module, add)
-            source, cutter = _cut_from(identity)
+            source, cutter = _cut_from(module, identity)
             if cutter is not None and requests.has(source):
                 requests.ask(source, cutter)
             else:
@@ -237,13 +244,19 @@ def _is_permutation(node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method") and node.target in _PERMUTATIONS
 
 
-def _cut_from(tensor: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+def _is_moving(module: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return isinstance(module.get_submodule(str(node.target)), nn.Flatten)
+    return _is_permutation(node) or (node.op in ("call_function", "call_method") and node.target in _RESHAPES)
+
+
+def _cut_from(module: fx.GraphModule, tensor: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     """The tensor that slices and zero padding alone have made this one from, and who reads it; itself and None else.
 
     They commute with its quantizer: the shortcut of a CIFAR ResNet is such a tensor.
     """
     reader = None
-    while len(tensor.users) == 1 and (_is_slice(tensor) or _is_zero_padding(tensor)):
+    while len(tensor.users) == 1 and (_is_slice(tensor) or _is_zero_padding(module, tensor)):
         tensor, reader = _tensor_input(tensor), tensor
     return tensor, reader
 
@@ -255,10 +268,14 @@ def _is_slice(node: fx.Node) -> bool:
     return all(isinstance(part, slice) or part is Ellipsis for part in index)
 
 
-def _is_zero_padding(node: fx.Node) -> bool:
+def _is_zero_padding(module: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        padding = module.get_submodule(str(node.target))
+        return isinstance(padding, nn.ConstantPad2d) and not padding.value
     if node.op != "call_function" or node.target not in (F.pad, torch.constant_pad_nd):
         return False
-    arguments = {**dict(zip(("input", "pad", "mode", "value"), node.args, strict=False)), **node.kwargs}
+    names = ("input", "pad", "mode", "value") if node.target is F.pad else ("input", "pad", "value")
+    arguments = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     return arguments.get("mode", "constant") == "constant" and not arguments.get("value")
 
 
@@ -289,29 +306,37 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
     return found
 
 
-def residual_adds(module: fx.GraphModule) -> list[fx.Node]:
+def _is_sum(node: fx.Node) -> bool:
+    """Whether a node adds two different activations."""
+    is_add = (node.op == "call_function" and node.target in _ADDS) or (
+        node.op == "call_method" and node.target == "add"
+    )
+    operands = _operands(node) if is_add else []
+    return len(set(operands)) == 2 and not any(operand.op == "get_attr" for operand in operands)
+
+
+def residual_adds(module: fx.GraphModule, quantized: Collection[str]) -> list[fx.Node]:
     """Returns the additions of two activations that share an ancestor and that can be had in INT8.
 
     At least one operand ends in a convolution: an engine computes such an addition in the convolution's last step. Or a
-    convolution reads the identity, as in ConvNeXt: it is quantized already. One between linear layers, as transformers
-    have, stays in float: its identity carries the sum of all blocks, which INT8 serves badly.
+    convolution among the `quantized` layers reads the identity, as in ConvNeXt: it is quantized already. One between
+    linear layers, as transformers have, stays in float: its identity carries the sum of all blocks, which INT8 serves
+    badly.
     """
     adds = []
     for node in module.graph.nodes:
-        is_add = (node.op == "call_function" and node.target in _ADDS) or (
-            node.op == "call_method" and node.target == "add"
-        )
+        if not _is_sum(node):
+            continue
         operands = _operands(node)
-        if not is_add or len(operands) != 2 or operands[0] is operands[1]:
-            continue
-        if any(operand.op == "get_attr" for operand in operands):
-            continue
         reach = [_ancestors(operand) | {operand} for operand in operands]
         shared = reach[0] & reach[1]
         branches = [operand for operand, nodes in zip(operands, reach, strict=True) if nodes - shared]
         if shared and (
             any(_ends_in_convolution(module, branch) for branch in branches)
-            or any(_is_convolution(module, reader) for reader in identity_operand(module, node).users)
+            or any(
+                _is_convolution(module, reader) and reader.target in quantized
+                for reader in identity_operand(module, node).users
+            )
         ):
             adds.append(node)
     return adds
@@ -423,6 +448,20 @@ class _Requests:
         """Whether somebody reads `tensor` quantized."""
         return tensor in self._groups
 
+    def may_take_moved(self, permutation: fx.Node) -> bool:
+        """Whether a permutation may be the only reader of its input, and read it quantized.
+
+        What is moved must not be quantized once more, nor be an operand of an addition, which has one quantized operand
+        at most, nor be the output.
+        """
+        pending = [permutation]
+        while pending:
+            moved = pending.pop()
+            if moved in self._groups or any(reader.op == "output" or _is_sum(reader) for reader in moved.users):
+                return False
+            pending += [reader for reader in moved.users if _is_moving(self._module, reader)]
+        return len(_tensor_input(permutation).users) == 1
+
     def ask_for_block(self, concats: list[fx.Node]) -> None:
         """Notes that the operands of a dense block's concats are to be quantized with the scale of their last concat.
 
@@ -470,13 +509,19 @@ class _Requests:
         behind = tensor
         while _is_max_pool(self._module, behind) or _is_permutation(behind):
             source = _tensor_input(behind)
-            others = {reader.name for reader in behind.users} - set(self._groups[behind].readers)
-            if source in self._groups or len(source.users) != 1 or others:
+            group = self._groups[behind]
+            if source in self._groups or len(source.users) != 1 or group.tensors != [behind]:
                 return
-            group = self._groups.pop(behind)
+            if any(reader.name not in group.readers and not self._hands_on(reader) for reader in behind.users):
+                return
+            del self._groups[behind]
             group.tensors, group.readers = [source], [behind.name]
             self._groups[source] = group
             behind = source
+
+    def _hands_on(self, node: fx.Node) -> bool:
+        """Whether a node moves or compares numbers that it hands to a quantizer."""
+        return node in self._groups and (_is_max_pool(self._module, node) or _is_permutation(node))
 
     def _move_before_concat(self, tensor: fx.Node) -> None:
         """The operands of a concat, where nothing else reads them, are quantized with one scale before it."""

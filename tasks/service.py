@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from prefect.blocks.core import Block
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.concurrency.sync import concurrency
+from prefect.context import FlowRunContext
 from prefect.events import emit_event
+from prefect.exceptions import ObjectAlreadyExists
 from prefect.logging import get_run_logger
 
 from ptq import model_configs
@@ -19,7 +22,7 @@ from ptq.config import PtqConfig
 from ptq.errors import UsageError
 from ptq.gate import HEADLINES
 from ptq.inputs import Inputs
-from ptq.records import RunResult
+from ptq.records import RunResult, digest
 from ptq.store import open_store
 from tasks.progress import has_lasting_server
 from tasks.retries import is_transient
@@ -28,6 +31,8 @@ from tasks.retries import is_transient
 _LEASE_S = 120.0
 # As long as a run may take that another one waits for.
 _LONGEST_WAIT_S = 24 * 3600.0
+# The turns that this run has: the main flow waits for none that the flow around it took.
+_HELD: ContextVar[frozenset[str]] = ContextVar("turns", default=frozenset())
 
 
 @task(timeout_seconds=60, cache_policy=NO_CACHE)
@@ -65,23 +70,31 @@ def is_superseded(config: PtqConfig, sha256: str) -> bool:
 
 
 @contextlib.contextmanager
-def turn_of(model: str) -> Iterator[None]:
-    """Waits until no other run quantizes this model, on whatever machine, and keeps others waiting.
+def turn_of(model: str, store: str) -> Iterator[None]:
+    """Waits until no other run quantizes this model for this store, on whatever machine, and keeps others waiting.
 
     Without a server that stays there is nobody to ask, and nobody waits.
     """
-    if not has_lasting_server():
+    limit = f"ptq-model-{model}-{digest(store)[:8]}"
+    if not has_lasting_server() or limit in _HELD.get():
         yield
         return
-    limit = f"ptq-model-{model}"
     with get_client(sync_client=True) as client:
-        client.upsert_global_concurrency_limit_by_name(limit, 1)
+        with contextlib.suppress(ObjectAlreadyExists):  # another run was as fast
+            client.upsert_global_concurrency_limit_by_name(limit, 1)
+        is_taken = client.read_global_concurrency_limit_by_name(limit).active_slots > 0
+    if is_taken and FlowRunContext.get():
+        get_run_logger().info("Another run quantizes %s; waiting for it", model)
     # A server that is away for a minute costs the run its turn, not its life: whatever it stores stays whole.
     with concurrency(
         limit, occupy=1, strict=True, raise_on_lease_renewal_failure=False, lease_duration=_LEASE_S,
         timeout_seconds=_LONGEST_WAIT_S,
     ):  # fmt: skip
-        yield
+        token = _HELD.set(_HELD.get() | {limit})
+        try:
+            yield
+        finally:
+            _HELD.reset(token)
 
 
 @task(timeout_seconds=600, cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5, retry_condition_fn=is_transient)

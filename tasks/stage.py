@@ -51,6 +51,7 @@ def stage(
     retries: int = 0,
     ignore: Collection[str] = (),
     reads: Callable[..., Any] | None = None,
+    reads_until: Literal["begun", "done"] = "done",
     run_name: str | None = None,
     machine: Literal["", "shared", "whole"] = "",
 ) -> Callable[[Callable[Parameters, Result]], Task[Parameters, Result]]:
@@ -64,6 +65,8 @@ def stage(
         ignore: parameters that do not change the result.
         reads: given the other arguments by name, what the stage reads from outside the store (a digest), so that
             a change out there is seen.
+        reads_until: when that is read. A stage that reads to its end fails where it was changed meanwhile; one that
+            reads as it begins, and may take hours from then on, is not asked again.
         run_name: Prefect's template for the name of the task run.
         machine: what the stage needs of this machine: nothing to speak of, cores that others may share, or all of it
             to itself, as a benchmark does.
@@ -93,7 +96,7 @@ def stage(
             with _MACHINE[machine]():
                 started = time.monotonic()
                 made = function(*args, **kwargs)
-            if _outside(reads, bound.arguments) != outside:
+            if reads_until == "done" and _outside(reads, bound.arguments) != outside:
                 raise ArtifactError(
                     f"What {name} reads was replaced while it read it, so its result is of neither version and was not "
                     "kept. Expected checkpoint and images that nobody writes to. Run again."

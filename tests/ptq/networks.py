@@ -143,6 +143,71 @@ class PoolBesideGate(nn.Module):
         return self.fc((self.pool(x) - self.pool(x * torch.sigmoid(x))).flatten(1))
 
 
+class SecondConvNeXt(nn.Module):
+    """A block as in ConvNeXt V2: what its last layer hands to a permutation goes into the residual add as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.depthwise = nn.Conv2d(3, 8, 4, stride=4), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.wide, self.narrow, self.fc = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.stem(x)
+        branch = nn.functional.layer_norm(self.depthwise(x).permute(0, 2, 3, 1), (8,))
+        branch = self.narrow(nn.functional.gelu(self.wide(branch))).permute(0, 3, 1, 2)
+        return self.fc((x + branch).mean((2, 3)))
+
+
+class Mixer(nn.Module):
+    """A block that mixes positions: both operands of its residual add stay in float."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.tokens, self.fc = nn.Conv2d(3, 8, 12, stride=12), nn.Linear(4, 4), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = x + self.tokens(nn.functional.layer_norm(x, (8,)).transpose(1, 2)).transpose(1, 2)
+        return self.fc(nn.functional.layer_norm(x, (8,)).mean(1))
+
+
+class PermutedIntoLayer(nn.Module):
+    """A convolution whose result a linear layer reads, its axes permuted."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 4, stride=4), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return torch.relu(self.fc(self.conv(x).permute(0, 2, 3, 1))).mean((1, 2))
+
+
+class PermutedLogits(nn.Module):
+    """A convolution that writes the logits, their axes permuted."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 4, stride=4), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        x = nn.functional.adaptive_avg_pool2d(torch.relu(self.conv(x)), 1)
+        return self.head(x).permute(0, 2, 3, 1).flatten(1)
+
+
+class Inception(nn.Module):
+    """A max pool that convolutions and another max pool read, as in GoogLeNet."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.left, self.right, self.fc = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = nn.functional.max_pool2d(torch.relu(self.stem(x)), 2)
+        right = self.right(nn.functional.max_pool2d(x, 3, stride=1, padding=1))
+        return self.fc(torch.cat([torch.relu(self.left(x)), torch.relu(right)], 1).mean((2, 3)))
+
+
 def small_convnext(num_classes=5):
     """torchvision's ConvNeXt with two narrow stages."""
     from torchvision.models.convnext import CNBlockConfig

@@ -54,7 +54,7 @@ def lie_about_a_shape(model: ModelProto, random: np.random.Generator) -> None:
 
 def change_an_operator(model: ModelProto, random: np.random.Generator) -> None:
     kinds = ["Conv", "Gemm", "MatMul", "Add", "Concat", "Relu", "Constant", "QuantizeLinear", "DequantizeLinear",
-             "ReduceMean", "Clip", "Transpose", "QLinearConv", "DynamicQuantizeLinear", "Nonsense"]  # fmt: skip
+             "ReduceMean", "Clip", "Transpose", "Pad", "QLinearConv", "DynamicQuantizeLinear", "Nonsense"]  # fmt: skip
     pick(model.graph.node, random).op_type = kinds[int(random.integers(len(kinds)))]
 
 

@@ -174,11 +174,48 @@ def test_a_resnet_has_the_quantizers_of_the_pytorch_way_with_every_option(tmp_pa
     assert_same_placement(networks.small_resnet(), tmp_path, **options)
 
 
-@pytest.mark.parametrize("network", [ZeroPadded, PaddedWithOnes, Gate, Fire, DoublyJoined])
+@pytest.mark.parametrize(
+    "network",
+    [ZeroPadded, PaddedWithOnes, Gate, Fire, DoublyJoined, networks.SecondConvNeXt, networks.Mixer,
+     networks.PermutedIntoLayer, networks.PermutedLogits, networks.Inception],
+)  # fmt: skip
 def test_other_shapes_of_networks_have_the_quantizers_of_the_pytorch_way(tmp_path, network):
     found = assert_same_placement(network().eval(), tmp_path)
     for dialect in ("cpu", "tensorrt"):
         candidate(found, tmp_path, dialect=dialect, shape=(3, 24, 24))
+
+
+def residual_add(model):
+    """The addition of two activations of a block as in ConvNeXt V2, and the DQ and Q of its identity."""
+    makers = {output: node for node in model.graph.node for output in node.output}
+    for add in model.graph.node:
+        dequantize = makers.get(add.input[0]) if add.op_type == "Add" else None
+        if dequantize is not None and dequantize.op_type == "DequantizeLinear":
+            return add, dequantize, makers[dequantize.input[0]]
+    raise LookupError("no residual add")
+
+
+@pytest.mark.parametrize("fault", ["neither", "both"])
+def test_an_add_whose_identity_a_convolution_reads_must_have_one_quantized_operand(tmp_path, fault):
+    found = assert_same_placement(networks.SecondConvNeXt().eval(), tmp_path)
+    path = candidate(found, tmp_path, shape=(3, 24, 24))
+    model = onnx.load(path)
+    add, dequantize, quantize = residual_add(model)
+    if fault == "neither":
+        add.input[0] = quantize.input[0]
+    else:
+        position = list(model.graph.node).index(add)
+        pair = [
+            onnx.helper.make_node("QuantizeLinear", [add.input[1], *quantize.input[1:]], ["more_q"]),
+            onnx.helper.make_node("DequantizeLinear", ["more_q", *dequantize.input[1:]], ["more_dq"]),
+        ]
+        for node in reversed(pair):
+            model.graph.node.insert(position, node)
+        add.input[1] = "more_dq"
+    onnx.save(model, path)
+    messages = [f.message for f in check_graph(path, dialect="cpu").findings if f.check == "residual-add"]
+    assert len(messages) == 1
+    assert messages[0].startswith({"neither": "Neither operand", "both": "Both operands"}[fault])
 
 
 @pytest.mark.parametrize("build", [networks.small_convnext, networks.small_vision_transformer, networks.small_swin])

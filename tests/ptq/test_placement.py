@@ -1,7 +1,12 @@
 import pytest
 import torch
 from networks import (
+    Inception,
+    Mixer,
+    PermutedIntoLayer,
+    PermutedLogits,
     PoolBesideGate,
+    SecondConvNeXt,
     Untraceable,
     small_convnext,
     small_densenet,
@@ -93,7 +98,7 @@ def test_every_residual_add_of_a_torchvision_network_gets_exactly_one_quantized_
     folded = fold_model(create_model(name, num_classes=10, channels=3))
     plan = place_quantizers(folded.module, traced=folded.traced, **ALL)
     nodes = {node.name: node for node in folded.module.graph.nodes}
-    found = residual_adds(folded.module)
+    found = residual_adds(folded.module, plan.quantized_layers)
     assert len(found) == adds
     for add in found:
         reads = [a for a in plan.activations if add.name in a.readers]
@@ -109,7 +114,7 @@ def test_every_residual_add_of_a_torchvision_network_gets_exactly_one_quantized_
 
 def test_in_mobilenet_v2_the_operand_from_which_the_other_is_computed_is_the_identity():
     folded = fold_model(create_model("mobilenet_v2", num_classes=10, channels=3))
-    add = residual_adds(folded.module)[0]
+    add = residual_adds(folded.module, ())[0]
     assert identity_operand(folded.module, add).name == "features_2_conv_2"
 
 
@@ -174,6 +179,48 @@ def test_a_layer_in_float_hands_floats_to_a_permutation():
     assert "depthwise" not in {quantizer.name for quantizer in plan.activations}
 
 
+def readers(plan):
+    return {quantizer.name: quantizer.readers for quantizer in plan.activations}
+
+
+def test_a_residual_add_reads_one_operand_quantized_where_the_other_is_a_permutation_of_what_a_layer_writes():
+    plan = plan_of(SecondConvNeXt().eval())
+    assert "narrow" not in readers(plan)
+    assert readers(plan)["stem"] == ("depthwise", "add")
+    assert (plan.residual_adds, plan.quantized_residual_adds) == (1, 1)
+
+
+def test_an_identity_whose_convolution_stays_in_float_stays_in_float():
+    plan = plan_of(SecondConvNeXt().eval(), skip_layers=("depthwise",))
+    assert "stem" not in readers(plan)
+    assert plan.residual_adds == 0
+
+
+def test_an_add_that_stays_in_float_reads_floats_through_a_permutation_too():
+    assert "tokens" not in readers(plan_of(Mixer().eval()))
+
+
+def test_what_a_layer_reads_of_a_permutation_has_one_quantizer():
+    plan = plan_of(PermutedIntoLayer().eval())
+    assert spec(plan, "permute").tensors == ("conv",)
+    assert "conv" not in readers(plan)
+    assert "conv" not in readers(plan_of(PermutedIntoLayer().eval(), commuting_pools=False))
+
+
+def test_logits_stay_in_float_behind_a_permutation_too():
+    assert "head" not in readers(plan_of(PermutedLogits().eval()))
+
+
+def test_a_quantizer_goes_before_a_pool_that_another_pool_reads_beside_its_layers():
+    assert spec(plan_of(Inception().eval()), "max_pool2d").tensors == ("relu",)
+
+
+def test_a_permutation_in_a_dense_block_leaves_its_shared_quantizer_alone():
+    shared = next(found for found in plan_of(PermutedDense().eval()).activations if len(found.tensors) > 1)
+    assert len(shared.tensors) == 3
+    assert len(shared.readers) == 2
+
+
 def test_a_permutation_commutes_with_the_quantizer_behind_it():
     plan = plan_of(Permuted().eval())
     assert spec(plan, "permute_1").tensors == ("layer_norm",)
@@ -191,6 +238,20 @@ def test_a_shortcut_that_is_cut_and_padded_from_a_quantized_tensor_shares_its_qu
     assert plan.quantized_residual_adds == 1
 
 
+@pytest.mark.parametrize(
+    "pad",
+    [nn.ZeroPad2d((0, 0, 1, 1)), nn.ConstantPad2d((0, 0, 1, 1), 0.0),
+     lambda x: torch.constant_pad_nd(x, (0, 0, 1, 1), 0.0)],
+)  # fmt: skip
+def test_zeros_may_be_padded_by_whatever_name(pad):
+    assert spec(plan_of(ZeroPadded(pad=pad).eval()), "relu").readers == ("conv", "getitem")
+
+
+def test_a_module_that_pads_with_other_numbers_does_not_commute():
+    plan = plan_of(ZeroPadded(pad=nn.ConstantPad2d((0, 0, 1, 1), 2.0)).eval())
+    assert spec(plan, "relu").readers == ("conv",)
+
+
 @pytest.mark.parametrize("options", [{"value": 1.0}, {"mode": "replicate"}], ids=str)
 def test_a_shortcut_that_is_padded_with_other_numbers_has_a_quantizer_of_its_own(options):
     plan = plan_of(ZeroPadded(**options).eval())
@@ -201,15 +262,29 @@ def test_a_shortcut_that_is_padded_with_other_numbers_has_a_quantizer_of_its_own
 class ZeroPadded(nn.Module):
     """A residual block whose shortcut is a slice of what its convolution reads, with rows added around it."""
 
-    def __init__(self, **options):
+    def __init__(self, pad=None, **options):
         super().__init__()
-        self.options = options
+        self.pad = pad or (lambda x: nn.functional.pad(x, (0, 0, 1, 1), **options))
         self.stem, self.conv = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
 
     def forward(self, x):
         x = torch.relu(self.stem(x))
-        shortcut = torch.nn.functional.pad(x[:, :, 1:-1], (0, 0, 1, 1), **self.options)
-        return (self.conv(x) + shortcut).mean((2, 3))
+        return (self.conv(x) + self.pad(x[:, :, 1:-1])).mean((2, 3))
+
+
+class PermutedDense(nn.Module):
+    """Two concats, the second of which reads again what the first one reads, a permutation among it."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(8, 4, 1), nn.Conv2d(12, 4, 1)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        moved = nn.functional.gelu(x).permute(0, 1, 3, 2)
+        rectified = torch.relu(x + 1.0)
+        grown = torch.relu(self.first(torch.sigmoid(torch.cat([moved, rectified], 1))))
+        return self.second(torch.sigmoid(torch.cat([moved, rectified, grown], 1))).mean((2, 3))
 
 
 class Permuted(nn.Module):

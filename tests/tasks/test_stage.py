@@ -75,6 +75,20 @@ def test_what_was_read_while_it_was_replaced_is_not_kept(run):
     assert calls == [3, 3]
 
 
+@stage(returns=Doubled, timeout_seconds=60, reads=lambda: outside["content"], reads_until="begun")
+def read_first(value, *, run):
+    calls.append(value)
+    outside["content"] = "c"
+    return Doubled(2 * value, open_store(run.store_uri).put_bytes(b"", "empty.txt"))
+
+
+def test_a_stage_that_reads_as_it_begins_keeps_its_result_whatever_is_replaced_afterwards(run):
+    record = read_first.fn(3, run=run)
+    outside["content"] = "a"
+    assert read_first.fn(3, run=run) == record
+    assert calls == [3]
+
+
 def test_a_stage_whose_object_was_lost_runs_again(run):
     record = double.fn(3, run=run)
     open_store(run.store_uri).get_path(record.blob).unlink()
