@@ -6,6 +6,7 @@ the runs in progress, which go on after the next start; `status` tells what runs
 """
 
 import fcntl
+import os
 import socket
 import subprocess
 import sys
@@ -62,15 +63,21 @@ def start(port: Port = 4200) -> None:
         if problem:
             end_marked(FOLDER, patience_s=_PATIENCE_S)
             _fail(problem)
+    elsewhere = os.environ.get("PTQ_WATCHED", "")
+    watched = elsewhere or WATCHED.name
+    example = f"demo/{DEMO.model}_digits.pth"
+    hand_in = f"mkdir -p {watched}/digits && cp {example} {watched}/digits/"
+    if watched.startswith("s3://"):
+        hand_in = f"aws s3 cp {example} {watched}/digits/"
     typer.echo(
         f"The service is up.\n"
         f"  UI                {service.address}\n"
-        f"  watched folder    {WATCHED}\n"
+        f"  watched           {elsewhere or WATCHED}\n"
         f"  logs              {FOLDER}\n"
         "Next: train the example's checkpoint and hand it in; a run starts within a minute.\n"
         f"  make demo\n"
-        f"  mkdir -p checkpoints/digits && cp demo/{DEMO.model}_digits.pth checkpoints/digits/\n"
-        "A model of your own: a config deployments/models/NAME.yaml, its checkpoints in checkpoints/NAME/.\n"
+        f"  {hand_in}\n"
+        f"A model of your own: a config deployments/models/NAME.yaml, its checkpoints in {watched}/NAME/.\n"
         "`make stop` ends the service."
     )
 

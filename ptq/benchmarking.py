@@ -31,6 +31,8 @@ from ptq.onnx_graph import summarize_onnx
 from ptq.records import BenchmarkRecord, EndToEnd, EngineRecord, Int8Share, Measurement, ServedLatency
 
 COMPUTE_ONLY = "compute alone, in a CUDA graph; with transfers measured apart"
+# Enough for a sign test, and each so short that the machine is as busy for the one as for the other.
+LEAST_TURNS = 16
 ONE_MODE = "compute of a call on the CPU, where nothing is transferred"
 
 
@@ -125,9 +127,9 @@ def measure_against(
     min_iterations: int,
     rounds: int,
 ) -> tuple[ServedLatency, ...]:
-    """Returns the latencies of a new model's engines and of those in service, of each batch size in turns.
+    """Returns the latencies of a new model's engines and of those in service, of each batch size in short turns.
 
-    The other arguments are those of `measure_engines`.
+    The other arguments are those of `measure_engines`; there are at least `LEAST_TURNS` rounds, warmed up once.
 
     Raises:
         EngineBuildError: an engine cannot be loaded.
@@ -141,10 +143,12 @@ def measure_against(
     for batch_size in sorted(sizes[0]):
         images = _random_images(batch_size, *input_shape)
         runners = [_loaded(engine, items[batch_size], float_remainder) for items in sizes]
+        timed = {index: _timed(runner, images) for index, runner in enumerate(runners)}
         try:
+            interleave(timed, rounds=1, warmup_ms=warmup_ms, duration_s=0.0, min_iterations=1)
             taken = interleave(
-                {index: _timed(runner, images) for index, runner in enumerate(runners)}, rounds=rounds,
-                warmup_ms=warmup_ms, duration_s=duration_s, min_iterations=min_iterations,
+                timed, rounds=max(rounds, LEAST_TURNS), warmup_ms=0.0, duration_s=duration_s,
+                min_iterations=max(min_iterations, 3 * LEAST_TURNS),
             )  # fmt: skip
         finally:
             for runner in runners:

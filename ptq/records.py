@@ -8,6 +8,7 @@ stage that takes it. Every record is JSON after `to_jsonable`, and comes back wi
 
 import hashlib
 import json
+import statistics
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -581,18 +582,21 @@ class ServedModel:
 class ServedLatency:
     """Median latencies in ms of the new graph and of the version in service, measured in turns.
 
-    `rounds_ratio` is new over served, round by round.
+    `turns_ratio` is new over served, turn by turn.
     """
 
     batch_size: int
     new_median_ms: float
     served_median_ms: float
-    rounds_ratio: tuple[float, ...]
+    turns_ratio: tuple[float, ...]
 
     @property
     def ratio(self) -> float:
-        """New over served: above 1 the new graph is slower."""
-        return self.new_median_ms / self.served_median_ms
+        """New over served, the median of the turns: above 1 the new graph is slower.
+
+        A machine that is busy for a while slows both of a turn, where it may slow most samples of one alone.
+        """
+        return statistics.median(self.turns_ratio)
 
 
 @dataclass(frozen=True, slots=True)

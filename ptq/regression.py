@@ -39,8 +39,9 @@ def compare(
 
     A model is worse where its top-1 is more than `max_regression_pp` below, or its median latency more than
     `max_slowdown` times that of the version in service. It regresses where that is beyond chance: the 95 % interval
-    of the drop does not reach 0, or every round of the benchmark was slower by more than the limit. Where it is
-    worse but chance can explain it, the comparison is inconclusive; else the model is accepted.
+    of the drop does not reach 0, or a one-sided sign test says at 5 % that more than half of all turns would be slower
+    by more than the limit. Where it is worse but chance can explain it, the comparison is inconclusive; else the model
+    is accepted.
 
     Args:
         version: the version in service.
@@ -54,7 +55,7 @@ def compare(
         max_slowdown: largest ratio of median latencies.
 
     Raises:
-        ValueError: a median latency is not a finite number above 0.
+        ValueError: a median latency or a ratio is not a finite number above 0.
     """
     accuracy, accuracy_reason = _accuracy(paired, max_regression_pp)
     speed, speed_reason = _speed(latencies, max_slowdown)
@@ -137,7 +138,7 @@ def _accuracy(paired: PairedComparison, limit: float) -> tuple[ServedDecision, s
 
 def _speed(latencies: Sequence[ServedLatency], limit: float) -> tuple[ServedDecision, str]:
     for item in latencies:
-        if not all(math.isfinite(ms) and ms > 0 for ms in (item.new_median_ms, item.served_median_ms)):
+        if not all(math.isfinite(x) and x > 0 for x in (item.new_median_ms, item.served_median_ms, *item.turns_ratio)):
             raise ValueError(
                 f"The median latencies at batch {item.batch_size} are {item.new_median_ms} and "
                 f"{item.served_median_ms} ms; expected numbers above 0. Measure again."
@@ -149,13 +150,29 @@ def _speed(latencies: Sequence[ServedLatency], limit: float) -> tuple[ServedDeci
         f"{item.served_median_ms:.3f} ms)"
         for item in latencies
     )
-    found = f"Its latency is {parts} that of the version in service; at most {limit:g} is accepted (gate.max_slowdown)."
+    found = (
+        f"Its latency, turn by turn, is {parts} that of the version in service; at most {limit:g} is accepted "
+        "(gate.max_slowdown)."
+    )
     slow = [item for item in latencies if item.ratio > limit]
     if not slow:
         return "accept", found
-    if any(all(ratio > limit for ratio in item.rounds_ratio) for item in slow):
+    if any(_is_beyond_chance(item.turns_ratio, limit) for item in slow):
         return "regress", found
-    return "inconclusive", f"{found} Not every round was slower: the machine may have been busy."
+    slower = min(slow, key=lambda item: item.ratio).turns_ratio
+    count = sum(ratio > limit for ratio in slower)
+    return "inconclusive", f"{found} Only {count} of {len(slower)} turns were slower: the machine may have been busy."
+
+
+def _is_beyond_chance(ratios: Sequence[float], limit: float) -> bool:
+    """A one-sided sign test at 5 %: were ratios as often below the limit as above, would so many be above?
+
+    >>> _is_beyond_chance([1.2] * 12 + [1.0] * 4, 1.1), _is_beyond_chance([1.2] * 11 + [1.0] * 5, 1.1)
+    (True, False)
+    """
+    above = sum(ratio > limit for ratio in ratios)
+    ways = sum(math.comb(len(ratios), count) for count in range(above, len(ratios) + 1))
+    return 20 * ways <= 2 ** len(ratios)
 
 
 def _drift_reasons(drift: Sequence[AmaxDrift]) -> tuple[str, ...]:
