@@ -91,6 +91,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for way in ("embedded", "server"):
             directory = Path(folder) / way
+            (directory / "home").mkdir(parents=True)  # Prefect does not make it, and no database without it
             config = {
                 "model": {"name": "resnet18", "checkpoint": str(options.demo / "resnet18_digits.pth")},
                 "data": {
