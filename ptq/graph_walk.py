@@ -6,7 +6,7 @@ residual, which tensors cannot be negative, what stays in float. It passes no ju
 on a graph with a cycle or with missing inputs too, since the files of other makers are walked as well.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -132,6 +132,24 @@ def is_zero_padding(node: Node) -> bool:
     given = input_at(node, 2)
     value = node.attrs.get("value", 0.0) if given is None else constant(given)
     return value is not None and not np.any(value)
+
+
+def reach(tensor: Tensor, sources: Callable[[Node], Iterable[Tensor]]) -> dict[str, Tensor]:
+    """Returns the tensor and every tensor that it is computed from, by name.
+
+    Args:
+        tensor: where the walk begins.
+        sources: which inputs of a node are followed.
+    """
+    found = {tensor.name: tensor}
+    pending = [tensor]
+    while pending:
+        node = producer(pending.pop())
+        for source in sources(node) if node is not None else ():
+            if source.name not in found:
+                found[source.name] = source
+                pending.append(source)
+    return found
 
 
 def walk_back(tensor: Tensor, operators: frozenset[str]) -> tuple[list[Node], Tensor]:
@@ -368,14 +386,10 @@ class QdqGraph:
             if node.op != "Add" or len(node.inputs) != 2 or any(self._is_weight(operand) for operand in node.inputs):
                 continue
             first, second = (self._ends_in_conv(operand) for operand in node.inputs)
-            if (
-                first
-                or second
-                or self._is_shared_identity(*node.inputs)
-                or self._is_shared_identity(*node.inputs[::-1])
-            ):
-                left, right = (self.dequantize_behind(operand) is not None for operand in node.inputs)
-                yield ResidualAdd(node, (first, second), (left, right))
+            left, right = node.inputs
+            if first or second or self._is_shared_identity(left, right) or self._is_shared_identity(right, left):
+                quantized = self.dequantize_behind(left) is not None, self.dequantize_behind(right) is not None
+                yield ResidualAdd(node, (first, second), quantized)
 
     def _is_shared_identity(self, tensor: Tensor, other: Tensor) -> bool:
         """Whether a quantized convolution reads the tensor, and `other` is computed from it."""
@@ -387,17 +401,7 @@ class QdqGraph:
         convolutions = [layer for layer in self.layers if layer.node.op in ("Conv", "ConvTranspose")]
         if not any(id(layer.node) in readers and self.is_quantized(layer) for layer in convolutions):
             return False
-        seen: set[str] = set()
-        pending = [other]
-        while pending:
-            current = pending.pop()
-            if current.name == tensor.name:
-                return True
-            if current.name not in seen:
-                seen.add(current.name)
-                node = producer(current)
-                pending += node.inputs if node is not None else []
-        return False
+        return tensor.name in reach(other, lambda node: node.inputs)
 
     @staticmethod
     def _behind_quantizer(node: Node) -> list[Node]:

@@ -167,14 +167,11 @@ class Inputs:
 
     @contextlib.contextmanager
     def checkpoint(self, path: str) -> Iterator[Path]:
-        """Yields the file of a checkpoint, local or in S3, with the ending that it has.
+        """Yields the file of a checkpoint in S3, with the ending that it has.
 
         Raises:
             CheckpointError: there is none at that URI; what the block says of the file names the URI.
         """
-        if not is_remote(path):
-            yield Path(path)
-            return
         ending = _ending(path)
         with _checkpoint_errors(path):
             copy = self.local_path(path)

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ptq.channel_ids import ChannelIds, Ids
-from ptq.graph_walk import Layer, Node, QdqGraph, Tensor, constant, input_at
+from ptq.graph_walk import Layer, Node, QdqGraph, Tensor, constant, input_at, is_zero_padding
 from ptq.onnx_placement import layer_name
 
 _SCALABLE = ("Relu", "LeakyRelu", "MaxPool", "AveragePool", "GlobalAveragePool", "ReduceMean")
@@ -150,11 +150,10 @@ class _Channels:
 
     def _padded(self, node: Node, ids: Ids) -> Ids | None:
         """Zeros may have any factor: the channels that are added get ids of their own."""
-        pads, value = constant(input_at(node, 1)), constant(input_at(node, 2))
-        is_zero = input_at(node, 2) is None or (value is not None and not value.any())
-        if pads is None or pads.size != 8 or not is_zero or input_at(node, 3) is not None:
+        pads = constant(input_at(node, 1))
+        if pads is None or pads.size != 8 or not is_zero_padding(node) or input_at(node, 3) is not None:
             return None
-        if node.attrs.get("mode", "constant") != "constant" or pads[[0, 4]].any() or min(pads[1], pads[5]) < 0:
+        if pads[[0, 4]].any() or min(pads[1], pads[5]) < 0:
             return None
         return np.concatenate([self.ids.new(int(pads[1])), ids, self.ids.new(int(pads[5]))])
 

@@ -27,7 +27,7 @@ def layers_of(graph: gs.Graph) -> Iterator[Layer]:
             yield layer
 
 
-def bias_add(graph: gs.Graph, node: gs.Node) -> gs.Node | None:
+def bias_add(graph: gs.Graph | QdqGraph, node: gs.Node) -> gs.Node | None:
     """Returns the addition of a bias behind a MatMul, None where there is none."""
     result = node.outputs[0]
     if node.op != "MatMul" or len(result.outputs) != 1 or any(result is tensor for tensor in graph.outputs):

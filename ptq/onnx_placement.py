@@ -9,7 +9,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ptq.errors import UsageError
-from ptq.graph_walk import RESHAPING, Layer, Node, QdqGraph, Tensor, constant, is_zero_padding, producer
+from ptq.graph_walk import RESHAPING, Layer, Node, QdqGraph, Tensor, constant, is_zero_padding, producer, reach
+from ptq.onnx_names import bias_add
 from ptq.records import LayerInput, PlacementPlan, QuantizerSpec
 
 _WEIGHT_ENDING = ".weight"
@@ -64,7 +65,7 @@ def place_quantizers(
     nodes = [layer.node for name in quantized for layer in by_name[name]]
     adds = residual_adds(graph, layers, nodes)
     for node in (*nodes, *(adds if residuals else ())):
-        written = _with_bias(node).outputs[0]
+        written = (bias_add(graph, node) or node).outputs[0]
         if [reader.op for reader in written.outputs] == ["Transpose"] and requests.may_take_moved(written.outputs[0]):
             requests.ask(written, written.outputs[0])
     for add in adds if residuals else ():
@@ -132,17 +133,6 @@ def _channel_axis(node: Node) -> int:
     return -1 if node.op in ("Gemm", "MatMul") else 1
 
 
-def _with_bias(node: Node) -> Node:
-    """The addition of a bias that a MatMul's result goes into, else the node."""
-    readers = node.outputs[0].outputs
-    if node.op != "MatMul" or [reader.op for reader in readers] != ["Add"]:
-        return node
-    constants = [values for tensor in readers[0].inputs if (values := constant(tensor)) is not None]
-    width = constant(node.inputs[1])
-    is_bias = len(constants) == 1 and width is not None and constants[0].shape == width.shape[1:]
-    return readers[0] if is_bias else node
-
-
 def _gate_multiplications(pool: Node) -> list[Node]:
     """What multiplies the pool's input by what follows the pool: the end of a squeeze-and-excitation gate."""
     products = [reader for reader in pool.inputs[0].outputs if reader.op == "Mul"]
@@ -163,15 +153,7 @@ def _operands(node: Node) -> list[Tensor]:
 
 def _reach(tensor: Tensor) -> dict[str, Tensor]:
     """The tensor and every computed tensor whose values it depends on, by name."""
-    found = {tensor.name: tensor}
-    pending = [tensor]
-    while pending:
-        node = producer(pending.pop())
-        for source in _operands(node) if node is not None else ():
-            if source.name not in found:
-                found[source.name] = source
-                pending.append(source)
-    return found
+    return reach(tensor, _operands)
 
 
 def _is_sum(node: Node) -> bool:

@@ -507,7 +507,7 @@ class _Requests:
     def _move_before_commuting(self, tensor: fx.Node) -> None:
         """max(Q(x)) = Q(max(x)), and so for permutations: the quantizer before it lets the operation run in INT8."""
         behind = tensor
-        while _is_max_pool(self._module, behind) or _is_permutation(behind):
+        while self._commutes(behind):
             source = _tensor_input(behind)
             group = self._groups[behind]
             if source in self._groups or len(source.users) != 1 or group.tensors != [behind]:
@@ -521,7 +521,11 @@ class _Requests:
 
     def _hands_on(self, node: fx.Node) -> bool:
         """Whether a node moves or compares numbers that it hands to a quantizer."""
-        return node in self._groups and (_is_max_pool(self._module, node) or _is_permutation(node))
+        return node in self._groups and self._commutes(node)
+
+    def _commutes(self, node: fx.Node) -> bool:
+        """Whether a quantizer behind the node may as well stand before it."""
+        return _is_max_pool(self._module, node) or _is_permutation(node)
 
     def _move_before_concat(self, tensor: fx.Node) -> None:
         """The operands of a concat, where nothing else reads them, are quantized with one scale before it."""
