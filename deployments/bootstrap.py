@@ -7,20 +7,33 @@ Repeating it changes nothing but what has changed in the files. `python -m deplo
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import typer
+import yaml
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterName,
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import StateType
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.settings import get_current_settings
+from prefect.states import Cancelled
 from prefect.workers.process import ProcessWorker
 
 from deployments.automations import set_up_automations
 from deployments.server_calls import POOL
 
 WATCHER = "watch-checkpoints/watch-checkpoints"
+_UNFINISHED = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING]
 ROOT = Path(os.environ.get("PTQ_HOME") or Path(__file__).parents[1])
 
 
@@ -52,11 +65,51 @@ def deploy_all(root: Path = ROOT) -> None:
         raise SystemExit(f"prefect deploy ended with status {done.returncode}; what it found wrong stands above.")
 
 
+def queue_limits(content: Mapping[str, Any]) -> dict[str, int | None]:
+    """Returns the limit of each work queue that prefect.yaml names: that of its deployment, if it is the only one.
+
+    >>> checkpoints = {"work_pool": {"work_queue_name": "checkpoints"}, "concurrency_limit": {"limit": 2}}
+    >>> gpu = {"work_pool": {"work_queue_name": "gpu"}, "concurrency_limit": {"limit": 1}}
+    >>> queue_limits({"deployments": [checkpoints, gpu, gpu, {"work_pool": {"name": "ptq"}}]})
+    {'checkpoints': 2, 'gpu': None}
+    """
+    limits: dict[str, list[int | None]] = {}
+    for deployment in content["deployments"]:
+        queue = deployment["work_pool"].get("work_queue_name")
+        if queue:
+            limits.setdefault(queue, []).append(deployment.get("concurrency_limit", {}).get("limit"))
+    return {queue: found[0] if len(found) == 1 else None for queue, found in limits.items()}
+
+
+def limit_queues(root: Path = ROOT) -> None:
+    """Give each work queue of prefect.yaml its limit.
+
+    The limit of a deployment alone would do, but every run that it turns away asks again and again.
+    """
+    with get_client(sync_client=True) as client:
+        for name, limit in queue_limits(yaml.safe_load((root / "prefect.yaml").read_text())).items():
+            queue = client.read_work_queue_by_name(name, work_pool_name=POOL)
+            client.update_work_queue(queue.id, concurrency_limit=limit)
+
+
+def end_other_watches() -> None:
+    """Cancel the runs that watch another prefix than the deployment does by now, or remember it in another store."""
+    deployment, watch = DeploymentFilter(name=DeploymentFilterName(any_=[WATCHER.split("/")[1]])), ("prefix", "store")
+    with get_client(sync_client=True) as client:
+        current = client.read_deployment_by_name(WATCHER).parameters
+        unfinished = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=_UNFINISHED)))
+        for run in client.read_flow_runs(flow_run_filter=unfinished, deployment_filter=deployment):
+            if any(run.parameters.get(name) != current[name] for name in watch):
+                client.set_flow_run_state(run.id, Cancelled(message=f"{current['prefix']} is watched now."), force=True)
+
+
 def main() -> None:
     """Set up the server in use."""
     create_work_pool()
     deploy_all()
+    limit_queues()
     set_up_automations()
+    end_other_watches()
     # Its schedule alone would leave the folder unwatched for up to five minutes.
     run_deployment(WATCHER, timeout=0)
     typer.echo(f"The server has the work pool {POOL}, the deployments of {ROOT / 'prefect.yaml'} and the automations.")

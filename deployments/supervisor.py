@@ -67,6 +67,8 @@ class Service:
             "PREFECT_HOME": str(self.folder / "prefect"),
             "PREFECT_API_URL": f"{self.address}/api",
             "PREFECT_WORKER_QUERY_SECONDS": "2",
+            # How soon a run that found its deployment's limit reached asks again.
+            "PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "5",
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
             # Nothing phones home: neither the server, nor the client, nor the newer UI.
             "DO_NOT_TRACK": "1",
@@ -153,10 +155,11 @@ class Supervisor:
             raise _Stopped
 
     def _command(self, part: str) -> list[str]:
-        prefect = [sys.executable, "-m", "prefect"]
+        python = [sys.executable, "-m"]
         if part == "server":
-            return [*prefect, "server", "start", "--host", "127.0.0.1", "--port", str(self._service.port)]
-        return [*prefect, "worker", "start", "--pool", POOL, "--type", "process", "--name", "this-machine"]
+            address = ["--host", "127.0.0.1", "--port", str(self._service.port)]
+            return [*python, "deployments.prefect_server", "server", "start", *address]
+        return [*python, "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", "this-machine"]
 
     def _start(self, part: str) -> None:
         if part == "worker":

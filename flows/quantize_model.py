@@ -78,8 +78,8 @@ def quantize_model(config: PtqConfig) -> RunResult:
     """
     get_run_logger().info("Config %s: %s", digest(config)[:12], config.model_dump_json())
     check_destinations(config)
-    with turn_of(config.model.published_name, config.output.store):
-        return _quantize_model(config)
+    with turn_of(config.model.published_name, config.output.store) as waited_s:
+        return replace(_quantize_model(config), waited_s=round(waited_s, 1))
 
 
 def _quantize_model(config: PtqConfig) -> RunResult:

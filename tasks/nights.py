@@ -36,7 +36,7 @@ def note_night(config: PtqConfig, flow_run_id: UUID, result: RunResult | None, *
         run = client.read_flow_run(flow_run_id)
     night = nights.night_of_run(
         store, model, run_id=run.name, started_at=run.start_time or datetime.now(UTC),
-        seconds=run.total_run_time.total_seconds(), result=result, error=error,
+        seconds=run.total_run_time.total_seconds() - (result.waited_s if result else 0.0), result=result, error=error,
     )  # fmt: skip
     nights.note_night(store, night)
     shown = nights.read_nights(store, model)

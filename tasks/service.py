@@ -1,6 +1,7 @@
 """What the flows that run by themselves need: a model's config, its turn, and someone who is told."""
 
 import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -70,15 +71,18 @@ def is_superseded(config: PtqConfig, sha256: str) -> bool:
 
 
 @contextlib.contextmanager
-def turn_of(model: str, store: str) -> Iterator[None]:
+def turn_of(model: str, store: str) -> Iterator[float]:
     """Waits until no other run quantizes this model for this store, on whatever machine, and keeps others waiting.
+
+    Yields the seconds waited.
 
     Without a server that stays there is nobody to ask, and nobody waits.
     """
     limit = f"ptq-model-{model}-{digest(store)[:8]}"
     if not has_lasting_server() or limit in _HELD.get():
-        yield
+        yield 0.0
         return
+    begun = time.monotonic()
     with get_client(sync_client=True) as client:
         with contextlib.suppress(ObjectAlreadyExists):  # another run was as fast
             client.upsert_global_concurrency_limit_by_name(limit, 1)
@@ -92,7 +96,7 @@ def turn_of(model: str, store: str) -> Iterator[None]:
     ):  # fmt: skip
         token = _HELD.set(_HELD.get() | {limit})
         try:
-            yield
+            yield time.monotonic() - begun
         finally:
             _HELD.reset(token)
 

@@ -145,3 +145,31 @@ def test_an_event_starts_one_run_with_its_payload_as_parameters(deployed, payloa
     expected = {key: payload.get(key, "") for key in ("uri", "model", "sha256")}
     runs = runs_of(deployed, "on-new-checkpoint", enough=1, parameters=expected)
     assert [run.parameters for run in runs] == [expected | {"models": "deployments/models", "notify": []}]
+
+
+def test_of_checkpoints_that_wait_a_worker_is_given_as_many_as_may_run(deployed):
+    bootstrap.limit_queues(ROOT)
+    deployment = deployed.read_deployment_by_name("quantize-checkpoint/on-new-checkpoint")
+    limit = DEPLOYMENTS["on-new-checkpoint"]["concurrency_limit"]["limit"]
+    made = [
+        deployed.create_flow_run_from_deployment(deployment.id, parameters={"uri": uri, "model": "many"})
+        for uri in ("a.pth", "b.pth", "c.pth")
+    ]
+    offered = deployed.request(
+        "POST", "/work_pools/{name}/get_scheduled_flow_runs", path_params={"name": bootstrap.POOL},
+        json={"work_queue_names": ["checkpoints"], "scheduled_before": str(datetime.now(UTC))},
+    ).json()  # fmt: skip
+    for run in made:
+        deployed.delete_flow_run(run.id)
+    assert len(offered) == limit
+
+
+def test_runs_that_watch_another_prefix_than_before_are_ended_and_no_other(deployed):
+    deployment = deployed.read_deployment_by_name(bootstrap.WATCHER)
+    elsewhere, before, same = (
+        deployed.create_flow_run_from_deployment(deployment.id, parameters=changed).id
+        for changed in ({"prefix": "s3://models/checkpoints"}, {"store": "file://.before"}, {})
+    )
+    bootstrap.end_other_watches()
+    states = [deployed.read_flow_run(run).state.type.value for run in (elsewhere, before, same)]
+    assert states == ["CANCELLED", "CANCELLED", "SCHEDULED"]

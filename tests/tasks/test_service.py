@@ -22,19 +22,25 @@ def holders(model):
 def test_a_second_run_of_a_model_waits_for_the_first_and_another_model_does_not():
     entered = threading.Event()
 
+    waits = []
+
     def second():
-        with turn_of("one", STORE):
+        with turn_of("one", STORE) as waited_s:
+            waits.append(waited_s)
             entered.set()
 
     waiting = threading.Thread(target=second)
     with turn_of("one", STORE):
         waiting.start()
-        with turn_of("other", STORE):
+        with turn_of("other", STORE) as waited_s:
+            waits.append(waited_s)
             assert (holders("one"), holders("other")) == (1, 1)
         assert not entered.wait(1)
     waiting.join(60)
     assert entered.is_set()
     assert holders("one") == 0
+    # Of the second, seconds: the one that had to wait.
+    assert waits[1] > max(1.0, waits[0])
 
 
 @pytest.mark.usefixtures("prefect_backend")
