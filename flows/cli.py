@@ -44,6 +44,8 @@ _ENVIRONMENT = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
+    # Of the embedded server; tasks.prefect_server tells what for.
+    "UVICORN_LOOP": "tasks.prefect_server:event_loop",
 }
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document for programs, nothing else.")]

@@ -7,8 +7,12 @@ lock waits for the loop, the loop for the cursor: nothing is answered until the 
 once are enough for it.
 
 So nothing is collected on that thread: a thread of its own does it, and may wait without keeping anybody.
+
+    python -m tasks.prefect_server server start     `prefect server start`, so
+    UVICORN_LOOP=tasks.prefect_server:event_loop    a server that Prefect starts for one process, so
 """
 
+import asyncio
 import gc
 import threading
 import time
@@ -24,15 +28,22 @@ def collect_elsewhere() -> None:
     threading.Thread(target=_collect, name="garbage-collection", daemon=True).start()
 
 
+def event_loop(*, use_subprocess: bool = False) -> asyncio.AbstractEventLoop:
+    """Returns an event loop whose thread collects no garbage, to uvicorn, which passes what loops of its own need."""
+    collect_elsewhere()
+    return asyncio.new_event_loop()
+
+
 def _collect() -> None:
-    for number in range(1, 1 << 62):
+    looks = 0
+    while True:
         time.sleep(_PAUSE_S)
-        gc.collect(2 if number % _WHOLE_EVERY == 0 else 1)
+        looks += 1
+        gc.collect(1 if looks % _WHOLE_EVERY else 2)
 
 
 if __name__ == "__main__":
     collect_elsewhere()
     from prefect.cli import app
 
-    # The rest of the command line is that of `prefect`: server start --host 127.0.0.1
     app()
