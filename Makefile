@@ -5,6 +5,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+PROCESSES ?= 2
 
 .PHONY: demo test test-slow lint serve stop dask clean
 
@@ -22,8 +23,9 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Two processes, each with a Prefect server and S3 servers of its own; `make test PROCESSES=4` on a larger machine.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow

@@ -4,6 +4,9 @@ import os
 import tempfile
 import uuid
 
+# Before torch is imported: where two test processes share the cores, threads that wait must not spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import numpy as np
 import pytest
 import s3_servers
