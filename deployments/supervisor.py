@@ -1,7 +1,8 @@
 """How do a Prefect server and a worker stay up on this machine?
 
-The supervisor starts both, sets the server up, and restarts whichever dies. It runs in the background, tells its state
-in a file, and ends both when it is told to end. It imports nothing of Prefect: it talks to the server as curl would.
+The supervisor starts both, sets the server up, and restarts whichever dies, and a server that answers nobody. It runs
+in the background, tells its state in a file, and ends both when it is told to end. It imports nothing of Prefect: it
+talks to the server as curl would.
 """
 
 import contextlib
@@ -27,6 +28,9 @@ LONGEST_START_S = 300.0
 _LONGEST_PAUSE_S = 60.0
 _LOG_BYTES = 10_000_000
 _PATIENCE_S = 5.0
+# Longer than a server on SQLite may wait for its database.
+_LONGEST_SILENCE_S = 180.0
+_ASK_EVERY_S = 15.0
 
 Phase = Literal["starting", "running", "failed"]
 
@@ -123,6 +127,7 @@ class Supervisor:
         self._started: dict[str, float] = {}
         self._due: dict[str, float] = {}
         self._pause_s: dict[str, float] = {}
+        self._asked = self._answered = 0.0
         self._phase: Phase = "starting"
         self._restarts = 0
         self._is_stopping = False
@@ -140,6 +145,7 @@ class Supervisor:
             self._phase = "running"
             self._tell()
             while True:
+                self._end_silent_server()
                 self._revive()
                 time.sleep(0.5)
         except _Stopped:
@@ -172,6 +178,18 @@ class Supervisor:
             )  # fmt: skip
         self._started[part] = time.monotonic()
         self._tell()
+
+    def _end_silent_server(self) -> None:
+        """End a server that lives and answers nobody, so that it starts again."""
+        now = time.monotonic()
+        if self._parts["server"].poll() is not None or now - self._asked < _ASK_EVERY_S:
+            return
+        self._asked = now
+        if is_healthy(self._service.address):
+            self._answered = now
+        elif now - max(self._answered, self._started["server"]) > _LONGEST_SILENCE_S:
+            _note(f"The server lives and has not answered for {_LONGEST_SILENCE_S:g} s; it is ended.")
+            end_marked(self._service.folder, "server", patience_s=_PATIENCE_S)
 
     def _revive(self) -> None:
         """Start again what has died, after a pause that doubles each time and begins anew after a quiet minute."""

@@ -7,17 +7,19 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import psutil
 import pytest
 from typer.testing import CliRunner
 
-from deployments import local_service
+from deployments import local_service, supervisor
 from deployments.processes import ProcessRecord, end_marked, find_marked, is_running, mark_of, record_of
-from deployments.supervisor import Service, ServiceState, end_of_log, read_state
+from deployments.supervisor import Service, ServiceState, Supervisor, end_of_log, read_state
 
 ROOT = Path(__file__).parents[2]
 
@@ -119,6 +121,62 @@ def test_a_state_that_was_written_is_read_again(tmp_path):
 def test_the_end_of_a_log_is_its_last_lines(tmp_path):
     (tmp_path / "a.log").write_text("one\ntwo\nthree\n")
     assert end_of_log(tmp_path / "a.log", lines=2) == "    two\n    three"
+
+
+class WithSleepingServer(Supervisor):
+    """A supervisor whose server is a process that sleeps."""
+
+    def _command(self, part):
+        return [sys.executable, "-c", "import time; time.sleep(60)"]
+
+
+@pytest.fixture
+def sleeping_server(tmp_path, monkeypatch):
+    """Its supervisor, the process, and the address at which somebody may answer in its place."""
+    monkeypatch.setattr(supervisor, "_ASK_EVERY_S", 0.0)
+    monkeypatch.setattr(supervisor, "_LONGEST_SILENCE_S", 1.0)
+    service = Service(tmp_path, tmp_path, free_port())
+    found = WithSleepingServer(service)
+    found._start("server")
+    first = found._parts["server"]
+    yield found, first, service.port
+    end_marked(tmp_path, patience_s=5)
+    for process in (first, found._parts["server"]):
+        process.wait(5)
+
+
+def test_a_server_that_lives_and_answers_nobody_is_ended_and_started_again(sleeping_server):
+    keeper, server, _ = sleeping_server
+    begun = time.monotonic()
+    while server.poll() is None and time.monotonic() - begun < 30:
+        keeper._end_silent_server()
+    assert server.poll() is not None
+    assert time.monotonic() - begun > 1
+    keeper._revive()
+    assert keeper._parts["server"].poll() is None
+
+
+def test_a_server_that_answers_is_left_alone(sleeping_server):
+    keeper, server, port = sleeping_server
+    with HTTPServer(("127.0.0.1", port), Healthy) as answering:
+        threading.Thread(target=answering.serve_forever).start()
+        begun = time.monotonic()
+        while time.monotonic() - begun < 2:
+            keeper._end_silent_server()
+        answering.shutdown()
+    assert server.poll() is None
+
+
+class Healthy(BaseHTTPRequestHandler):
+    """Answers as a Prefect server that is well."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"true")
+
+    def log_message(self, *arguments):
+        pass
 
 
 class Copy:
