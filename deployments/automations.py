@@ -8,7 +8,7 @@ All wait for silence. An automation that answers a crash at once is wrong twice:
 time some seconds later, which would end the new attempt, and under load the server fires it several times.
 
 On SQLite the server loses an event now and then, where it only ends a wait (database is locked). So each automation
-is one whose action does no harm, or is refused, where the wait was over: there is none for a run that stays pending.
+is one whose action does no harm, or is refused, where the wait was over.
 """
 
 from collections.abc import Iterable, Mapping
@@ -28,17 +28,26 @@ SILENCE = timedelta(seconds=90)
 PAUSE_BEFORE_ATTEMPT = timedelta(seconds=20)
 # A run whose process never came to its first line is not counted: it is tried without end, so it is tried seldom.
 PAUSE_BEFORE_START = timedelta(minutes=5)
+# A worker that died took the run with it, which keeps its queue waiting. Longer than a container takes to start.
+LONGEST_PENDING = timedelta(minutes=15)
 
 _HEARTBEAT = "prefect.flow-run.heartbeat"
 _CRASHED = "prefect.flow-run.Crashed"
+_PENDING = "prefect.flow-run.Pending"
 _SCHEDULED = {"prefect.flow-run.Scheduled", "prefect.flow-run.AwaitingRetry"}
+# Each by itself shows that a run which was pending is not any more, so that one lost event does not matter.
+_BEGUN = {"prefect.flow-run.pull-step.executed", "prefect.flow-run.Running", _HEARTBEAT}
 # Not Crashed, whose event shall start the next wait and nothing else; the action is refused after any end.
 _ENDS = {"prefect.flow-run.Completed", "prefect.flow-run.Failed", "prefect.flow-run.Cancelled"}
 
 
 def automations() -> tuple[AutomationCore, ...]:
     """Returns the automations, not yet known to any server."""
-    pause, start = PAUSE_BEFORE_ATTEMPT.seconds, PAUSE_BEFORE_START.seconds // 60
+    pause, start, pending = (
+        PAUSE_BEFORE_ATTEMPT.seconds,
+        PAUSE_BEFORE_START.seconds // 60,
+        LONGEST_PENDING.seconds // 60,
+    )
     deployed = {"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{TAG}"}
     return (
         _automation(
@@ -72,6 +81,15 @@ def automations() -> tuple[AutomationCore, ...]:
             within=PAUSE_BEFORE_START,
             run_counts=[0],
             action=ChangeFlowRunState(state=StateType.SCHEDULED, message="Scheduled again: it had not begun."),
+        ),
+        _automation(
+            "ptq: a run that stays pending is tried again",
+            f"{pending} minutes after a worker took it: the worker is gone.",
+            of=deployed,
+            after=_PENDING,
+            unless=_BEGUN | _ENDS | _SCHEDULED | {_CRASHED, "prefect.flow-run.AwaitingConcurrencySlot"},
+            within=LONGEST_PENDING,
+            action=ChangeFlowRunState(state=StateType.SCHEDULED, message="Scheduled again: its worker is gone."),
         ),
     )
 

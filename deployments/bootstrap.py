@@ -7,13 +7,13 @@ Repeating it changes nothing but what has changed in the files. `python -m deplo
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import typer
 import yaml
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import (
     DeploymentFilter,
@@ -22,11 +22,12 @@ from prefect.client.schemas.filters import (
     FlowRunFilterState,
     FlowRunFilterStateType,
 )
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.settings import get_current_settings
-from prefect.states import Cancelled
+from prefect.states import Cancelling
 from prefect.workers.process import ProcessWorker
 
 from deployments.automations import set_up_automations
@@ -66,19 +67,22 @@ def deploy_all(root: Path = ROOT) -> None:
 
 
 def queue_limits(content: Mapping[str, Any]) -> dict[str, int | None]:
-    """Returns the limit of each work queue that prefect.yaml names: that of its deployment, if it is the only one.
+    """Returns the limit of each work queue of prefect.yaml that one deployment alone uses: that deployment's.
 
-    >>> checkpoints = {"work_pool": {"work_queue_name": "checkpoints"}, "concurrency_limit": {"limit": 2}}
-    >>> gpu = {"work_pool": {"work_queue_name": "gpu"}, "concurrency_limit": {"limit": 1}}
-    >>> queue_limits({"deployments": [checkpoints, gpu, gpu, {"work_pool": {"name": "ptq"}}]})
-    {'checkpoints': 2, 'gpu': None}
+    >>> checkpoints = {"work_pool": {"name": POOL, "work_queue_name": "checkpoints"}, "concurrency_limit": 2}
+    >>> gpu = {"work_pool": {"name": POOL, "work_queue_name": "gpu"}, "concurrency_limit": {"limit": 1}}
+    >>> free = {"work_pool": {"name": POOL, "work_queue_name": "free"}}
+    >>> elsewhere = {"work_pool": {"name": "cluster", "work_queue_name": "checkpoints"}}
+    >>> queue_limits({"deployments": [checkpoints, gpu, gpu, free, elsewhere, {}]})
+    {'checkpoints': 2, 'free': None}
     """
     limits: dict[str, list[int | None]] = {}
     for deployment in content["deployments"]:
-        queue = deployment["work_pool"].get("work_queue_name")
-        if queue:
-            limits.setdefault(queue, []).append(deployment.get("concurrency_limit", {}).get("limit"))
-    return {queue: found[0] if len(found) == 1 else None for queue, found in limits.items()}
+        pool, limit = deployment.get("work_pool") or {}, deployment.get("concurrency_limit")
+        queue = pool.get("work_queue_name")
+        if queue and pool.get("name") == POOL:
+            limits.setdefault(queue, []).append(limit.get("limit") if isinstance(limit, Mapping) else limit)
+    return {queue: found[0] for queue, found in limits.items() if len(found) == 1}
 
 
 def limit_queues(root: Path = ROOT) -> None:
@@ -93,14 +97,29 @@ def limit_queues(root: Path = ROOT) -> None:
 
 
 def end_other_watches() -> None:
-    """Cancel the runs that watch another prefix than the deployment does by now, or remember it in another store."""
-    deployment, watch = DeploymentFilter(name=DeploymentFilterName(any_=[WATCHER.split("/")[1]])), ("prefix", "store")
+    """End the runs that watch another prefix than the deployment does by now, or remember it in another store."""
     with get_client(sync_client=True) as client:
         current = client.read_deployment_by_name(WATCHER).parameters
-        unfinished = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=_UNFINISHED)))
-        for run in client.read_flow_runs(flow_run_filter=unfinished, deployment_filter=deployment):
-            if any(run.parameters.get(name) != current[name] for name in watch):
-                client.set_flow_run_state(run.id, Cancelled(message=f"{current['prefix']} is watched now."), force=True)
+        for run in list(_unfinished_watches(client)):
+            if all(run.parameters.get(name) == current[name] for name in ("prefix", "store")):
+                continue
+            if run.state_type == StateType.SCHEDULED:
+                client.delete_flow_run(run.id)
+            else:
+                # Its worker ends the process and tells when it has.
+                client.set_flow_run_state(run.id, Cancelling(message=f"{current['prefix']} is watched now."))
+
+
+def _unfinished_watches(client: SyncPrefectClient) -> Iterator[FlowRun]:
+    """The runs of the watch that have not ended, page by page: those that no worker takes pile up."""
+    deployment = DeploymentFilter(name=DeploymentFilterName(any_=[WATCHER.split("/")[1]]))
+    unfinished = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=_UNFINISHED)))
+    found = 0
+    while page := client.read_flow_runs(
+        flow_run_filter=unfinished, deployment_filter=deployment, sort=FlowRunSort.ID_DESC, limit=200, offset=found
+    ):
+        yield from page
+        found += len(page)
 
 
 def main() -> None:

@@ -187,9 +187,16 @@ class Supervisor:
         self._asked = now
         if is_healthy(self._service.address):
             self._answered = now
-        elif now - max(self._answered, self._started["server"]) > _LONGEST_SILENCE_S:
-            _note(f"The server lives and has not answered for {_LONGEST_SILENCE_S:g} s; it is ended.")
+            return
+        silent_s = now - max(self._answered, self._started["server"])
+        if silent_s > (_LONGEST_SILENCE_S if self._has_answered else LONGEST_START_S):
+            _note(f"The server lives and has not answered for {silent_s:.0f} s; it is ended.")
             end_marked(self._service.folder, "server", patience_s=_PATIENCE_S)
+
+    @property
+    def _has_answered(self) -> bool:
+        """Whether the server that runs now has answered since it started."""
+        return self._answered > self._started["server"]
 
     def _revive(self) -> None:
         """Start again what has died, after a pause that doubles each time and begins anew after a quiet minute."""
@@ -198,7 +205,7 @@ class Supervisor:
                 continue
             now = time.monotonic()
             if part not in self._due:
-                if now - self._started[part] > _LONGEST_PAUSE_S:
+                if now - self._started[part] > _LONGEST_PAUSE_S and (part != "server" or self._has_answered):
                     self._pause_s[part] = 0
                 # A run whose worker is dead cannot report any more.
                 end_marked(self._service.folder, part, patience_s=_PATIENCE_S)

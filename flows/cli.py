@@ -11,6 +11,8 @@ import os
 import sys
 import time
 from datetime import UTC, datetime
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -44,9 +46,9 @@ _ENVIRONMENT = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
-    # Of the embedded server; tasks.prefect_server tells what for.
-    "UVICORN_LOOP": "tasks.prefect_server:event_loop",
 }
+# Of the embedded server; the module tells what for.
+_EVENT_LOOP = "tasks.prefect_server:event_loop"
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document for programs, nothing else.")]
 Config = Annotated[
@@ -121,9 +123,21 @@ class Terminal:
         self.say(f"  {stage:<26} {'cached' if cached else f'{seconds:.1f} s'}")
 
 
+def _environment() -> dict[str, str]:
+    """What the embedded server is started with.
+
+    A process started in this folder looks for modules here first, where `tasks` may be somebody else's; it would not
+    start.
+    """
+    package = _EVENT_LOOP.partition(".")[0]
+    here, ours = PathFinder.find_spec(package, [os.getcwd()]), find_spec(package)
+    is_ours = here is None or (ours is not None and here.origin == ours.origin)
+    return _ENVIRONMENT | ({"UVICORN_LOOP": _EVENT_LOOP} if is_ours else {})
+
+
 def main() -> None:
     """Runs the command; the project's own errors become one message and an exit code."""
-    for name, value in _ENVIRONMENT.items():
+    for name, value in _environment().items():
         os.environ.setdefault(name, value)
     # absl configures the root logger on its first record unless it has a handler, and then prints every log twice.
     logging.getLogger().addHandler(logging.NullHandler())

@@ -60,8 +60,8 @@ class Night:
     """One night of one model.
 
     `started_at` is UTC in ISO format, `reason` says why nothing was published, empty where the model was accepted.
-    `seconds` is the wall time of the whole run. `images_decoded` counts those of finished stages that were not in the
-    store. `found` is None where the run failed.
+    `seconds` is the wall time of the whole run, where it did not fail without the wait for its model's turn.
+    `images_decoded` counts those of finished stages that were not in the store. `found` is None where the run failed.
     """
 
     started_at: str

@@ -652,7 +652,7 @@ class RunResult:
     """What a run of `quantize_model` returns. `decision` is accept, reject (by the gate), regress or inconclusive.
 
     `is_new` is False where nothing was published, or what was in service before. `page` is the run's page, empty
-    where there is no server. `waited_s` is how long the run waited for its model's turn.
+    where there is no server. `waited_s` is how long it waited for its model's turn itself.
     """
 
     run_id: str

@@ -28,8 +28,8 @@ def collect_elsewhere() -> None:
     threading.Thread(target=_collect, name="garbage-collection", daemon=True).start()
 
 
-def event_loop(*, use_subprocess: bool = False) -> asyncio.AbstractEventLoop:
-    """Returns an event loop whose thread collects no garbage, to uvicorn, which passes what loops of its own need."""
+def event_loop() -> asyncio.AbstractEventLoop:
+    """Returns an event loop whose thread collects no garbage."""
     collect_elsewhere()
     return asyncio.new_event_loop()
 

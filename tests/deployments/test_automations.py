@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 def server(deployed):
     """The test server with the automations, which wait as shortly as Prefect allows."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("SILENCE", "PAUSE_BEFORE_ATTEMPT", "PAUSE_BEFORE_START"):
+        for name in ("SILENCE", "PAUSE_BEFORE_ATTEMPT", "PAUSE_BEFORE_START", "LONGEST_PENDING"):
             patch.setattr(automations, name, timedelta(seconds=10))
         automations.set_up_automations()
         automations.set_up_automations()
@@ -47,7 +47,7 @@ def is_scheduled_again(server, run):
 
 def test_setting_up_twice_leaves_one_automation_of_each_name(server):
     names = [automation.name for automation in automations.automations()]
-    assert [len(server.read_automations_by_name(name)) for name in names] == [1, 1, 1]
+    assert [len(server.read_automations_by_name(name)) for name in names] == [1, 1, 1, 1]
 
 
 @pytest.mark.slow
@@ -62,6 +62,17 @@ def test_a_run_that_crashes_every_time_is_tried_three_times(server):
     assert is_scheduled_again(server, other)
     found = server.read_flow_run(run)
     assert (found.state.type, found.run_count) == (StateType.CRASHED, automations.MOST_ATTEMPTS)
+
+
+@pytest.mark.slow
+def test_a_run_that_stays_pending_is_tried_again_and_one_that_began_is_not(server):
+    lost, begun = new_run(server), new_run(server)
+    for run in (lost, begun):
+        server.set_flow_run_state(run, Pending())
+    server.set_flow_run_state(begun, Running())
+    assert is_scheduled_again(server, lost)
+    time.sleep(10)
+    assert server.read_flow_run(begun).state.type == StateType.RUNNING
 
 
 def test_runs_whose_worker_is_gone_are_given_up_or_begun_anew(server):

@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 import yaml
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterTags, FlowRunFilter, FlowRunFilterTags
+from prefect.client.schemas.objects import StateType
 from prefect.events import emit_event
 from prefect.events.schemas.deployment_triggers import DeploymentEventTrigger
+from prefect.exceptions import ObjectNotFound
 from prefect.flows import load_flow_from_entrypoint
 from prefect.server.schemas.schedules import CronSchedule
 from prefect.server.utilities.user_templates import render_user_template_sync
+from prefect.states import Pending, Running
 from prefect.utilities.schema_tools import validate
 
 from deployments import bootstrap
@@ -166,10 +169,16 @@ def test_of_checkpoints_that_wait_a_worker_is_given_as_many_as_may_run(deployed)
 
 def test_runs_that_watch_another_prefix_than_before_are_ended_and_no_other(deployed):
     deployment = deployed.read_deployment_by_name(bootstrap.WATCHER)
-    elsewhere, before, same = (
+    elsewhere, before, same, running = (
         deployed.create_flow_run_from_deployment(deployment.id, parameters=changed).id
-        for changed in ({"prefix": "s3://models/checkpoints"}, {"store": "file://.before"}, {})
+        for changed in ({"prefix": "s3://models/checkpoints"}, {"store": "file://.before"}, {}, {"prefix": "before"})
     )
+    for state in (Pending(), Running()):
+        deployed.set_flow_run_state(running, state)
     bootstrap.end_other_watches()
-    states = [deployed.read_flow_run(run).state.type.value for run in (elsewhere, before, same)]
-    assert states == ["CANCELLED", "CANCELLED", "SCHEDULED"]
+    # A worker ends the process of a run that is to be cancelled, and of no other.
+    assert deployed.read_flow_run(running).state.type == StateType.CANCELLING
+    assert deployed.read_flow_run(same).state.type == StateType.SCHEDULED
+    for gone in (elsewhere, before):
+        with pytest.raises(ObjectNotFound):
+            deployed.read_flow_run(gone)

@@ -314,3 +314,22 @@ def test_the_readme_names_every_file_and_only_files_that_exist():
     assert [
         path for path in re.findall(r"\binfra/[\w.-]+", text) if path != "infra/.env" and not (ROOT / path).exists()
     ] == []
+
+
+def queues_of(command):
+    """The queues that a worker's command names, in either spelling of the option."""
+    words = [part for word in command for part in word.split("=")]
+    return {queue for option, queue in zip(words, words[1:], strict=False) if option == "--work-queue"}
+
+
+def test_the_workers_without_a_gpu_take_runs_from_every_queue_of_a_deployment():
+    deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+    used = {deployment["work_pool"].get("work_queue_name", "default") for deployment in deployments}
+    assert used == {"default", "checkpoints"}
+    (command,) = [
+        json.loads(line.removeprefix("CMD "))
+        for line in DOCKERFILES["Dockerfile"].splitlines()
+        if line.startswith('CMD ["prefect", "worker"')
+    ]
+    assert queues_of(command) == used
+    assert queues_of(SERVICES["worker-cpu"]["command"]) == used

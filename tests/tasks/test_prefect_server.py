@@ -9,7 +9,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from flows.cli import _ENVIRONMENT
+from deployments.supervisor import Service, Supervisor
+from flows import cli
 
 ROOT = Path(__file__).parents[2]
 LOOP = "tasks.prefect_server:event_loop"
@@ -29,7 +30,9 @@ found = []
 {before}
 Cycle()
 kept = [[] for _ in range(100_000)]
-time.sleep(1.5)
+end = time.monotonic() + 30
+while not found and time.monotonic() < end:
+    time.sleep(0.1)
 print(gc.isenabled(), found)
 """
 
@@ -39,7 +42,7 @@ print(gc.isenabled(), found)
     [
         ("", "True ['MainThread']"),
         ("prefect_server.collect_elsewhere()", "False ['garbage-collection']"),
-        ("prefect_server.event_loop(use_subprocess=False).close()", "False ['garbage-collection']"),
+        ("prefect_server.event_loop().close()", "False ['garbage-collection']"),
     ],
 )
 def test_garbage_is_collected_on_a_thread_of_its_own(before, expected):
@@ -85,9 +88,36 @@ def test_a_variable_gives_uvicorn_such_a_loop(environment, collects, tmp_path):
 
 
 @pytest.mark.usefixtures("prefect_backend")
-def test_the_command_line_gives_prefect_s_server_for_one_process_such_a_loop():
+def test_prefect_s_server_for_one_process_is_given_that_variable():
     from prefect.server.api.server import SubprocessASGIServer
 
-    assert _ENVIRONMENT["UVICORN_LOOP"] == LOOP
     environment = Path(f"/proc/{SubprocessASGIServer().server_process.pid}/environ").read_bytes().split(b"\0")
     assert f"UVICORN_LOOP={LOOP}".encode() in environment
+
+
+def test_the_command_line_gives_the_variable_where_a_server_would_find_the_module(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert cli._environment()["UVICORN_LOOP"] == LOOP
+    monkeypatch.chdir(tmp_path)
+    assert cli._environment()["UVICORN_LOOP"] == LOOP
+    (tmp_path / "tasks.py").write_text("raise SystemExit('a module of somebody else')")
+    assert "UVICORN_LOOP" not in cli._environment()
+
+
+def test_as_a_program_it_is_prefect_and_collects_elsewhere():
+    program = """
+import gc, runpy, sys
+sys.argv[1:] = ["version"]
+try:
+    runpy.run_module("tasks.prefect_server", run_name="__main__")
+except SystemExit as end:
+    print("ended with", end.code or 0, gc.isenabled())
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "API version" in done.stdout
+    assert done.stdout.splitlines()[-1] == "ended with 0 False"
+
+
+def test_the_service_runs_its_server_so(tmp_path):
+    command = Supervisor(Service(tmp_path, tmp_path, 4200))._command("server")
+    assert command[1:5] == ["-m", "tasks.prefect_server", "server", "start"]
