@@ -27,14 +27,15 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.settings import get_current_settings
-from prefect.states import Cancelling
+from prefect.states import Cancelled, Cancelling
 from prefect.workers.process import ProcessWorker
 
 from deployments.automations import set_up_automations
 from deployments.server_calls import POOL
 
 WATCHER = "watch-checkpoints/watch-checkpoints"
-_UNFINISHED = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING]
+# The automations take up a run that has crashed.
+_GOING_ON = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.CRASHED]
 ROOT = Path(os.environ.get("PTQ_HOME") or Path(__file__).parents[1])
 
 
@@ -100,23 +101,26 @@ def end_other_watches() -> None:
     """End the runs that watch another prefix than the deployment does by now, or remember it in another store."""
     with get_client(sync_client=True) as client:
         current = client.read_deployment_by_name(WATCHER).parameters
-        for run in list(_unfinished_watches(client)):
+        message = f"{current['prefix']} is watched now."
+        for run in list(_watches(client)):
             if all(run.parameters.get(name) == current[name] for name in ("prefix", "store")):
                 continue
             if run.state_type == StateType.SCHEDULED:
                 client.delete_flow_run(run.id)
+            elif run.state_type == StateType.CRASHED:
+                client.set_flow_run_state(run.id, Cancelled(message=message), force=True)
             else:
                 # Its worker ends the process and tells when it has.
-                client.set_flow_run_state(run.id, Cancelling(message=f"{current['prefix']} is watched now."))
+                client.set_flow_run_state(run.id, Cancelling(message=message))
 
 
-def _unfinished_watches(client: SyncPrefectClient) -> Iterator[FlowRun]:
-    """The runs of the watch that have not ended, page by page: those that no worker takes pile up."""
+def _watches(client: SyncPrefectClient) -> Iterator[FlowRun]:
+    """The runs of the watch that go on or may, page by page: those that no worker takes pile up."""
     deployment = DeploymentFilter(name=DeploymentFilterName(any_=[WATCHER.split("/")[1]]))
-    unfinished = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=_UNFINISHED)))
+    going_on = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=_GOING_ON)))
     found = 0
     while page := client.read_flow_runs(
-        flow_run_filter=unfinished, deployment_filter=deployment, sort=FlowRunSort.ID_DESC, limit=200, offset=found
+        flow_run_filter=going_on, deployment_filter=deployment, sort=FlowRunSort.ID_DESC, limit=200, offset=found
     ):
         yield from page
         found += len(page)

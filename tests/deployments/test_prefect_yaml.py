@@ -16,7 +16,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.flows import load_flow_from_entrypoint
 from prefect.server.schemas.schedules import CronSchedule
 from prefect.server.utilities.user_templates import render_user_template_sync
-from prefect.states import Pending, Running
+from prefect.states import Crashed, Pending, Running
 from prefect.utilities.schema_tools import validate
 
 from deployments import bootstrap
@@ -169,15 +169,20 @@ def test_of_checkpoints_that_wait_a_worker_is_given_as_many_as_may_run(deployed)
 
 def test_runs_that_watch_another_prefix_than_before_are_ended_and_no_other(deployed):
     deployment = deployed.read_deployment_by_name(bootstrap.WATCHER)
-    elsewhere, before, same, running = (
+    elsewhere, before, same, running, crashed = (
         deployed.create_flow_run_from_deployment(deployment.id, parameters=changed).id
-        for changed in ({"prefix": "s3://models/checkpoints"}, {"store": "file://.before"}, {}, {"prefix": "before"})
-    )
+        for changed in (
+            {"prefix": "s3://models/checkpoints"}, {"store": "file://.before"}, {}, {"prefix": "b"}, {"prefix": "c"}
+        )
+    )  # fmt: skip
     for state in (Pending(), Running()):
         deployed.set_flow_run_state(running, state)
+    for state in (Pending(), Crashed()):
+        deployed.set_flow_run_state(crashed, state)
     bootstrap.end_other_watches()
     # A worker ends the process of a run that is to be cancelled, and of no other.
     assert deployed.read_flow_run(running).state.type == StateType.CANCELLING
+    assert deployed.read_flow_run(crashed).state.type == StateType.CANCELLED
     assert deployed.read_flow_run(same).state.type == StateType.SCHEDULED
     for gone in (elsewhere, before):
         with pytest.raises(ObjectNotFound):
