@@ -1,13 +1,13 @@
 """Does the server's process collect its garbage where nobody waits for it?"""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import httpx
 import pytest
+from s3_servers import free_port
 
 from deployments.supervisor import Service, Supervisor
 from flows import cli
@@ -68,9 +68,7 @@ def create():
 @pytest.mark.parametrize(("environment", "collects"), [({}, "True"), ({"UVICORN_LOOP": LOOP}, "False")])
 def test_a_variable_gives_uvicorn_such_a_loop(environment, collects, tmp_path):
     (tmp_path / "application.py").write_text(APPLICATION)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     inherited = {name: value for name, value in os.environ.items() if name != "UVICORN_LOOP"}
     # The command is that of Prefect's server for one process.
     process = subprocess.Popen(

@@ -21,7 +21,7 @@ def holders(model):
 @pytest.mark.usefixtures("prefect_backend")
 def test_a_second_run_of_a_model_waits_for_the_first_and_another_model_does_not():
     entered = threading.Event()
-
+    # Seconds: of the other model, then of the second run.
     waits = []
 
     def second():
@@ -39,7 +39,6 @@ def test_a_second_run_of_a_model_waits_for_the_first_and_another_model_does_not(
     waiting.join(60)
     assert entered.is_set()
     assert holders("one") == 0
-    # Of the second, seconds: the one that had to wait.
     assert waits[1] > max(1.0, waits[0])
 
 
