@@ -13,11 +13,12 @@ import numpy as np
 import torch
 
 from benchmarks.subject import Subject, arguments, temporary_subject, write_result
-from ptq.amax import entropy_bin, mse_bin
 from ptq.config import METHODS, Method, QuantizationConfig
+from ptq.dialect import observed_names
 from ptq.engines import open_activation_readers, open_engine
-from ptq.metrics import paired_comparison, sqnr_db
-from ptq.observation import observed_names
+from ptq.numerics.amax import entropy_bin, mse_bin
+from ptq.numerics.metrics import sqnr_db
+from ptq.numerics.paired_test import paired_comparison
 
 # The four methods, and the percentile of a network with heavier tails.
 OURS: dict[str, tuple[Method, float]] = {

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from benchmarks.subject import arguments, temporary_subject, write_result
-from ptq.amax import entropy_bin, mse_bin, percentile_bins
+from ptq.dialect import observed_names
 from ptq.engines import open_activation_readers
-from ptq.observation import observed_names
+from ptq.numerics.amax import entropy_bin, mse_bin, percentile_bins
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

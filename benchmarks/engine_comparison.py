@@ -16,8 +16,9 @@ from ptq.benchmarking import measure_files
 from ptq.config import Precision, QuantizationConfig
 from ptq.engines import int8_share, open_engine
 from ptq.engines.interface import Engine
-from ptq.metrics import cosine_per_image, paired_comparison, sqnr_db
-from ptq.records import to_jsonable
+from ptq.numerics.metrics import cosine_per_image, sqnr_db
+from ptq.numerics.paired_test import paired_comparison
+from ptq.records.base import to_jsonable
 
 BATCHES = (1, 32)
 

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 
 from benchmarks.subject import Subject, arguments, temporary_subject, write_result
-from ptq.amax import entropy_bin, mse_bin
 from ptq.calibration import channel_axes
 from ptq.collection import Reader, TrialStatistics, collect_statistics, merge_statistics
 from ptq.config import METHODS
+from ptq.dialect import observed_names
 from ptq.engines import open_activation_readers
 from ptq.images import network_input
-from ptq.observation import observed_names
-from ptq.records import PlacementPlan
+from ptq.numerics.amax import entropy_bin, mse_bin
+from ptq.records.plan import PlacementPlan
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

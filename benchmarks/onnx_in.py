@@ -26,12 +26,13 @@ from ptq.calibration import (
 )
 from ptq.config import METHODS, Dialect, Method, QuantizationConfig
 from ptq.engines import open_engine
-from ptq.metrics import paired_comparison, sqnr_db
 from ptq.models import create_model, load_weights_, read_state_dict
+from ptq.numerics.metrics import sqnr_db
+from ptq.numerics.paired_test import paired_comparison
 from ptq.onnx_graph import write_candidate
 from ptq.onnx_insertion import write_qdq_template
 from ptq.onnx_preparation import equalize_onnx_model, prepare_onnx_model
-from ptq.records import PlacementPlan
+from ptq.records.plan import PlacementPlan
 
 BATCH = 20
 

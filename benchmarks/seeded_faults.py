@@ -26,7 +26,7 @@ from ptq.config import Dialect, QuantizationConfig
 from ptq.engines.openvino import open_activation_readers
 from ptq.graph_checks import CHECKS, check_graph
 from ptq.images import network_input
-from ptq.metrics import cosine_per_image
+from ptq.numerics.metrics import cosine_per_image
 from ptq.onnx_graph import write_candidate
 from ptq.preparation import prepare_model, write_template
 

@@ -22,10 +22,10 @@ from benchmarks.subject import write_result
 from ptq import s3_backend
 from ptq.errors import ArtifactError
 from ptq.object_cache import ObjectCache
-from ptq.records import ArtifactRef, to_jsonable
+from ptq.records.base import ArtifactRef, to_jsonable
 from ptq.store import StageEntry, Store
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "ptq"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 import s3_servers
 from fault_proxy import KINDS, FaultProxy
 

@@ -28,7 +28,7 @@ from benchmarks.subject import write_result
 from ptq.demo_data import DEMO, write_digits_folder
 from ptq.store import Store, open_store
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "ptq"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 import s3_servers
 
 ROOT = Path(__file__).resolve().parents[1]

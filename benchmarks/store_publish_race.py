@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.subject import write_result
 from ptq.store import open_store
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "ptq"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 import s3_servers
 
 

@@ -22,7 +22,7 @@ from ptq import s3_backend
 from ptq.object_cache import ObjectCache
 from ptq.store import Store
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "ptq"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 import s3_servers
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from ptq import datasets
-from ptq.arrays import npy_from_array
 from ptq.benchmarking import machine_description
 from ptq.calibration import (
     RANGE_IMAGES,
@@ -27,11 +26,12 @@ from ptq.calibration import (
     statistics_from_files,
 )
 from ptq.config import Dialect, Method, PreprocessingConfig, QuantizationConfig
-from ptq.histogram import Histograms
+from ptq.files import npy_from_array
 from ptq.images import network_input
+from ptq.numerics.histogram import Histograms
 from ptq.onnx_graph import write_candidate
 from ptq.preparation import PreparedModel, equalize_model, prepare_model, write_template
-from ptq.source_digests import library_versions
+from ptq.provenance import library_versions
 
 
 def arguments(description: str) -> argparse.ArgumentParser:

@@ -36,12 +36,12 @@ import torch
 
 from benchmarks.subject import arguments, write_result
 from ptq import datasets
-from ptq.amax import entropy_bin
 from ptq.config import METHODS, PreprocessingConfig
 from ptq.fake_quant import exportable_fake_quant
 from ptq.images import network_input
-from ptq.metrics import split_metrics
 from ptq.models import create_model, head_size, load_weights_, read_state_dict
+from ptq.numerics.amax import entropy_bin
+from ptq.numerics.metrics import split_metrics
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

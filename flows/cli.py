@@ -22,16 +22,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 
-from ptq.config import (
-    DataConfig,
-    ModelConfig,
-    PtqConfig,
-    TrainingConfig,
-    describe_validation_error,
-    load_yaml,
-)
+from ptq.config import DataConfig, ModelConfig, PtqConfig, TrainingConfig, describe_validation_error, load_yaml
 from ptq.errors import PtqError, UsageError
-from ptq.verdict import Verdict
+from ptq.records.verdict import Verdict
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -469,7 +462,7 @@ def validate(
 ) -> None:
     """Check a Q/DQ graph; exit code 1 if there is any error."""
     from ptq.commands import check_file
-    from ptq.records import to_jsonable
+    from ptq.records.base import to_jsonable
     from ptq.terminal import table_of_checks
 
     if dialect is not None:
@@ -497,7 +490,7 @@ def benchmark(
 ) -> None:
     """Measure latency and throughput of ONNX files side by side."""
     from ptq.commands import benchmark_files
-    from ptq.records import to_jsonable
+    from ptq.records.base import to_jsonable
     from ptq.terminal import table_of_benchmark
 
     _check_choice("engine", engine, ("auto", "openvino", "tensorrt", "onnxruntime"))
@@ -624,7 +617,7 @@ def restore(
     as_json: Json = False,
 ) -> None:
     """Publish an earlier version of a model again."""
-    from ptq.records import to_jsonable
+    from ptq.records.base import to_jsonable
     from ptq.retention import existing_store, restore_version
 
     found = restore_version(existing_store(store), model, version, now=datetime.now(UTC))
@@ -644,7 +637,7 @@ def gc(
     as_json: Json = False,
 ) -> None:
     """Remove what no published version and no recent run needs; a dry run unless told to delete."""
-    from ptq.records import to_jsonable
+    from ptq.records.base import to_jsonable
     from ptq.retention import collect_garbage, existing_store
     from ptq.terminal import table_of_collection
 

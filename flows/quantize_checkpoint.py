@@ -4,7 +4,7 @@ from prefect import flow
 from prefect.states import Completed, State
 
 from flows.quantize_model import quantize_model
-from ptq.records import RunResult
+from ptq.records.decision import RunResult
 from tasks.service import announce, is_superseded, load_model_config, turn_of
 
 

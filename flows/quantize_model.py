@@ -10,25 +10,14 @@ from prefect import flow, runtime, unmapped
 from prefect.logging import get_run_logger
 
 from ptq.config import Dialect, EngineConfig, Precision, PtqConfig
-from ptq.records import (
-    AmaxRecord,
-    ArtifactRef,
-    Attempt,
-    AttemptKind,
-    CalibrationDraws,
-    DataRecord,
-    EngineIdentity,
-    EvaluationRecord,
-    ModelRecord,
-    PreparedImages,
-    Publication,
-    RunFindings,
-    RunResult,
-    Selection,
-    ServedLatency,
-    StatisticsRecord,
-    digest,
-)
+from ptq.records.base import ArtifactRef, digest
+from ptq.records.benchmark import ServedLatency
+from ptq.records.calibration import AmaxRecord, CalibrationDraws, StatisticsRecord
+from ptq.records.data import DataRecord, PreparedImages
+from ptq.records.decision import Attempt, AttemptKind, Publication, RunFindings, RunResult
+from ptq.records.evaluation import EvaluationRecord, Selection
+from ptq.records.graph import EngineIdentity
+from ptq.records.plan import ModelRecord
 from tasks.amax import compute_amax
 from tasks.benchmark import benchmark
 from tasks.calibration import collect_shard, collect_statistics, correct_biases, merge_statistics

@@ -5,7 +5,7 @@ from pathlib import Path
 from prefect import flow, runtime
 
 from ptq.config import TrainingConfig
-from ptq.records import TrainingRecord
+from ptq.records.data import TrainingRecord
 from tasks.data import index_images, prepare_split
 from tasks.stage import RunContext
 from tasks.training import deliver_checkpoint, train_classifier

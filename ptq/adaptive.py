@@ -13,11 +13,11 @@ from functools import reduce
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from ptq.amax import amax_from_histograms
 from ptq.collection import TrialStatistics, merge_statistics
 from ptq.config import LEAST_ADAPTIVE_IMAGES, LabelledMethod
-from ptq.histogram import Histograms, empty_histograms, merge
-from ptq.records import CalibrationDraws, LayerLength, TrialLength
+from ptq.numerics.amax import amax_from_histograms
+from ptq.numerics.histogram import Histograms, empty_histograms, merge
+from ptq.records.calibration import CalibrationDraws, LayerLength, TrialLength
 
 GROUPS = 8
 # Student's t with GROUPS - 1 = 7 degrees of freedom at 0.975.

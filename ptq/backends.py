@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ptq.errors import ArtifactError
+from ptq.files import disk_errors
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]*(/[A-Za-z0-9._=-]+)*")
 _FOLDERS = ("objects", "stages", "models", "runs", "inputs", "damaged", "tmp")
@@ -262,17 +263,3 @@ def _write_synced(path: Path, data: bytes) -> None:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-@contextlib.contextmanager
-def disk_errors(root: Path) -> Iterator[None]:
-    """Turns what the disk refuses under `root` into ArtifactError."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise ArtifactError(
-            f"The folder {root} cannot be used: {error.strerror}. Expected free space, and permission to read and "
-            "write. Nothing partial was left; mend it and run again."
-        ) from error

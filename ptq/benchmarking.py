@@ -17,7 +17,7 @@ import psutil
 from ptq.config import Precision
 from ptq.engines import int8_share, open_engine, trtexec
 from ptq.engines.interface import Engine, Runner, SeparatesTransfers
-from ptq.latency import (
+from ptq.numerics.latency import (
     TimedCalls,
     end_to_end,
     interleave,
@@ -28,7 +28,8 @@ from ptq.latency import (
     transfer_warnings,
 )
 from ptq.onnx_graph import summarize_onnx
-from ptq.records import BenchmarkRecord, EndToEnd, EngineRecord, Int8Share, Measurement, ServedLatency
+from ptq.records.benchmark import BenchmarkRecord, EndToEnd, Measurement, ServedLatency
+from ptq.records.graph import EngineRecord, Int8Share
 
 COMPUTE_ONLY = "compute alone, in a CUDA graph; with transfers measured apart"
 ONE_MODE = "compute of a call on the CPU, where nothing is transferred"

@@ -16,19 +16,19 @@ from jaxtyping import Int
 from torch import nn
 
 from ptq.adaptive import Collect, collect_adaptively, describe_lengths, used_draws
-from ptq.amax import amax_from_histograms
-from ptq.bias_correction import bias_shift
 from ptq.collection import Progress, TrialStatistics, collect_statistics
 from ptq.config import Dialect, LabelledMethod, Method, StoppingRule
 from ptq.device_statistics import collect_statistics_on_device
+from ptq.dialect import amax_bound, observed_names
 from ptq.engines import open_activation_readers
-from ptq.equalization import channel_ranges
-from ptq.fake_quant import amax_bound
-from ptq.histogram import Histograms
 from ptq.images import evenly_spaced, network_input
-from ptq.observation import observed_names
+from ptq.numerics.amax import amax_from_histograms
+from ptq.numerics.bias_correction import bias_shift
+from ptq.numerics.channel_factors import channel_ranges
+from ptq.numerics.histogram import Histograms
 from ptq.onnx_graph import read_layers
-from ptq.records import CalibrationDraws, PlacementPlan
+from ptq.records.calibration import CalibrationDraws
+from ptq.records.plan import PlacementPlan
 
 # Images whose channel ranges decide the factors of equalization.
 RANGE_IMAGES = 64

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ptq.records import BenchmarkRecord, Measurement
+from ptq.records.benchmark import BenchmarkRecord, Measurement
 
 DPI = 110
 WIDTH_INCHES = 6.0

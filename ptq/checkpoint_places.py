@@ -14,8 +14,8 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Protocol
 
 from ptq.errors import ArtifactError
+from ptq.files import file_digest
 from ptq.inputs import Inputs, is_remote
-from ptq.object_cache import file_digest
 from ptq.store import Store
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from pathlib import PurePosixPath
 from ptq.checkpoint_places import Found, place_of
 from ptq.errors import ArtifactError, UsageError
 from ptq.inputs import CHECKPOINT_ENDINGS, is_remote
-from ptq.records import digest
+from ptq.records.base import digest
 from ptq.store import Store
 
 logger = logging.getLogger(__name__)

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from ptq.accumulation import Accumulators
-from ptq.bias_correction import ChannelSums, merge_channel_sums
 from ptq.engines.interface import StreamingReader
 from ptq.errors import CalibrationError
-from ptq.histogram import Histograms, merge
 from ptq.images import network_input
+from ptq.numerics.bias_correction import ChannelSums, merge_channel_sums
+from ptq.numerics.histogram import Histograms, merge
+from ptq.numerics.histogram_kernel import Accumulators
 
 
 @dataclass(frozen=True, slots=True)

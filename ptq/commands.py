@@ -20,10 +20,12 @@ from ptq.errors import ManifestError, UsageError
 from ptq.evaluation import SplitImages, evaluate_graph
 from ptq.graph_checks import check_graph
 from ptq.inputs import checkpoint_file
-from ptq.metrics import ClassMetrics, class_metrics, tables_from_parquet
+from ptq.numerics.metrics import ClassMetrics, class_metrics, tables_from_parquet
 from ptq.onnx_graph import summarize_onnx
 from ptq.preparation import write_float_model
-from ptq.records import GraphChecks, SplitMetrics, to_jsonable
+from ptq.records.base import to_jsonable
+from ptq.records.evaluation import SplitMetrics
+from ptq.records.graph import GraphChecks
 
 
 @dataclass(frozen=True, slots=True)

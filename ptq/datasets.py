@@ -21,7 +21,7 @@ from ptq.errors import CalibrationError, ManifestError
 from ptq.image_trees import ImageTree, tree_at
 from ptq.images import decode_image
 from ptq.inputs import Inputs, is_remote
-from ptq.records import SplitCount
+from ptq.records.data import SplitCount
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 MANIFEST_ENDINGS = (".csv", ".parquet")

@@ -18,32 +18,14 @@ import yaml
 from ptq.benchmarking import machine_description
 from ptq.config import PtqConfig
 from ptq.errors import ArtifactError, UsageError
-from ptq.metrics import ClassMetrics, class_metrics, combined_predictions, tables_from_parquet
+from ptq.numerics.metrics import ClassMetrics, class_metrics, combined_predictions, tables_from_parquet
 from ptq.preparation import plan_from_file
-from ptq.records import (
-    ArtifactRef,
-    CalibrationDraws,
-    EvaluationRecord,
-    RunFindings,
-    ServedComparison,
-    digest,
-    to_jsonable,
-)
-from ptq.regression import drift_factor
-from ptq.report import (
-    ReportInputs,
-    benchmark_table,
-    boxplot_png,
-    html_report,
-    markdown_report,
-    page_markdown,
-    parquet_from_frame,
-    results_table,
-    verdict_sentence,
-)
-from ptq.source_digests import library_versions, package_digest
-from ptq.store import Store
-from ptq.verdict import (
+from ptq.provenance import library_versions, package_digest
+from ptq.records.base import ArtifactRef, digest, to_jsonable
+from ptq.records.calibration import CalibrationDraws
+from ptq.records.decision import RunFindings, ServedComparison
+from ptq.records.evaluation import EvaluationRecord
+from ptq.records.verdict import (
     Verdict,
     VerdictBaseline,
     VerdictBest,
@@ -59,6 +41,19 @@ from ptq.verdict import (
     VerdictServed,
     VerdictTrial,
 )
+from ptq.regression import drift_factor
+from ptq.report import (
+    ReportInputs,
+    benchmark_table,
+    boxplot_png,
+    html_report,
+    markdown_report,
+    page_markdown,
+    parquet_from_frame,
+    results_table,
+    verdict_sentence,
+)
+from ptq.store import Store
 
 
 @dataclass(frozen=True, slots=True)

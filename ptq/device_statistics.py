@@ -19,11 +19,11 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
-from ptq.bias_correction import RESOLUTION, ChannelSums, empty_channel_sums
 from ptq.collection import Progress, TrialStatistics, trials_by_image
 from ptq.errors import CalibrationError
-from ptq.histogram import MIN_EXPONENT, Histograms
 from ptq.images import network_input
+from ptq.numerics.bias_correction import RESOLUTION, ChannelSums, empty_channel_sums
+from ptq.numerics.histogram import MIN_EXPONENT, Histograms
 
 # Batches between two looks at the flags of values that are not finite; each look waits for the device.
 CHECK_EVERY = 256

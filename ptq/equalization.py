@@ -10,7 +10,7 @@ SmoothQuant (2022), section 4. No amax is chosen here.
 """
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import fx, nn
 
-from ptq.channel_ids import ChannelIds, Ids
+from ptq.numerics.channel_factors import ChannelIds, Ids
 
 _SCALABLE_MODULES = (nn.ReLU, nn.LeakyReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Identity)
 _SCALABLE_FUNCTIONS = {F.relu, torch.relu, F.max_pool2d, torch.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d}
@@ -54,24 +54,6 @@ def equalize_(
         for name, ids in channels.inputs.items():
             _divide_inputs_(module.get_submodule(name), factors[ids])
     return int(sum((factors[ids] != 1).sum() for ids in channels.outputs.values()))
-
-
-def channel_ranges(
-    tensors: Sequence[Float[np.ndarray, "1 ..."]], *, axes: Sequence[int | None]
-) -> list[Float[np.ndarray, " channels"]]:
-    """Returns max |x| of every channel of one image's tensors, float32; empty where the axis is None.
-
-    >>> [found.tolist() for found in channel_ranges([np.array([[[1.0, -3.0], [0.5, 0.0]]])], axes=[1])]
-    [[3.0, 0.5]]
-    """
-    found = []
-    for tensor, axis in zip(tensors, axes, strict=True):
-        if axis is None:
-            found.append(np.zeros(0, dtype=np.float32))
-            continue
-        rows = np.moveaxis(tensor, axis, 0).reshape(tensor.shape[axis], -1)
-        found.append(np.maximum(rows.max(axis=1), -rows.min(axis=1)))
-    return found
 
 
 def _divide_inputs_(layer: nn.Module, factors: Float[np.ndarray, " inputs"]) -> None:

@@ -13,12 +13,12 @@ from typing import Literal
 
 import numpy as np
 
-from ptq.arrays import npz_from_arrays
 from ptq.config import Precision
 from ptq.engines.interface import Engine
+from ptq.files import npz_from_arrays
 from ptq.inference import logits_of
-from ptq.metrics import parquet_from_tables, predictions_table, split_metrics
-from ptq.records import SplitMetrics
+from ptq.numerics.metrics import parquet_from_tables, predictions_table, split_metrics
+from ptq.records.evaluation import SplitMetrics
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,11 +15,12 @@ from contextlib import contextmanager
 import torch
 from torch import fx, nn
 
-from ptq.amax import amax_from_weight
 from ptq.config import Dialect, WeightMethod
+from ptq.dialect import is_unsigned
 from ptq.errors import CalibrationError
+from ptq.numerics.amax import amax_from_weight
 from ptq.placement import weight_axis
-from ptq.records import PlacementPlan, QuantizerSpec
+from ptq.records.plan import PlacementPlan, QuantizerSpec
 
 # The import hands the root logger over to absl: its handler comes, those that write to the console go.
 _root_handlers = list(logging.getLogger().handlers)
@@ -36,8 +37,6 @@ logging.getLogger().handlers[:] = _root_handlers
 # It warns for every quantizer on every export; what matters is checked and logged by the callers.
 absl_logging.set_verbosity(absl_logging.ERROR)
 
-logger = logging.getLogger(__name__)
-
 _QUANTIZED = {
     nn.Conv2d: quant_nn.QuantConv2d,
     nn.ConvTranspose2d: quant_nn.QuantConvTranspose2d,
@@ -49,16 +48,6 @@ QUANTIZER_PREFIX = "activation_quantizer"
 def quantizer_module_name(spec_index: int, tensor_index: int) -> str:
     """Returns the module name of an activation quantizer; the exported node carries it."""
     return f"{QUANTIZER_PREFIX}_{spec_index}_{tensor_index}"
-
-
-def is_unsigned(spec: QuantizerSpec, dialect: Dialect) -> bool:
-    """Whether a quantizer uses uint8: in the cpu dialect, where the tensor is never negative."""
-    return dialect == "cpu" and spec.kind == "activation" and spec.never_negative
-
-
-def amax_bound(spec: QuantizerSpec, dialect: Dialect) -> int:
-    """Returns the integer that amax maps to: 255 for uint8, 127 for int8. The scale is amax / bound."""
-    return 255 if is_unsigned(spec, dialect) else 127
 
 
 def weight_amax(module: nn.Module, plan: PlacementPlan, *, method: WeightMethod = "max") -> dict[str, torch.Tensor]:

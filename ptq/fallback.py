@@ -23,16 +23,10 @@ from ptq.images import evenly_spaced, network_input
 from ptq.models import FoldedModel, create_model, fold_model, load_weights_
 from ptq.preparation import plan_from_file
 from ptq.qat import FineTuned, fine_tune_
-from ptq.records import (
-    Attempt,
-    BenchmarkRecord,
-    FloatGroup,
-    GateDecision,
-    LayerSensitivity,
-    PairedComparison,
-    PlacementPlan,
-    QuantizerChoice,
-)
+from ptq.records.benchmark import BenchmarkRecord
+from ptq.records.decision import Attempt, FloatGroup, GateDecision, LayerSensitivity, QuantizerChoice
+from ptq.records.evaluation import PairedComparison
+from ptq.records.plan import PlacementPlan
 from ptq.sensitivity import (
     best_methods,
     float_groups,

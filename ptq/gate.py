@@ -7,7 +7,9 @@ after a rejection is decided elsewhere.
 import math
 from dataclasses import dataclass
 
-from ptq.records import BenchmarkRecord, GateDecision, Measurement, PairedComparison
+from ptq.records.benchmark import BenchmarkRecord, Measurement
+from ptq.records.decision import GateDecision
+from ptq.records.evaluation import PairedComparison
 
 # What a person is told of a run that published nothing, by its decision.
 HEADLINES = {

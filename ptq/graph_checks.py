@@ -41,7 +41,7 @@ from ptq.graph_walk import (
     walk_back,
     zero_point_of,
 )
-from ptq.records import GraphChecks, GraphFinding
+from ptq.records.graph import GraphChecks, GraphFinding
 
 OPSET_MINIMUM = 13
 OPSET_TENSORRT_8 = 17
@@ -247,9 +247,6 @@ def _infer_dialect(graph: QdqGraph) -> Dialect:
     return "cpu" if any(values is not None and values.dtype == np.uint8 for values in zero_points) else "tensorrt"
 
 
-# Structure and interface, for float graphs too
-
-
 def _checker(subject: _Subject) -> _Found:
     if subject.checker_problem:
         yield None, f"onnx.checker refuses the model: {subject.checker_problem}"
@@ -392,9 +389,6 @@ def _qdq_absent(subject: _Subject) -> _Found:
         yield None, "The graph has no QuantizeLinear and no DequantizeLinear: it is a float model."
 
 
-# Which layers are quantized
-
-
 def _layer_quantized(subject: _Subject) -> _Found:
     graph = subject.graph
     for layer in graph.layers:
@@ -443,9 +437,6 @@ def _softmax_float(subject: _Subject) -> _Found:
             yield node, f"This {node.op} reads quantized logits; expected float."
         if any(reader.op == QUANTIZE for reader in node.outputs[0].outputs):
             yield node, f"The result of this {node.op} is quantized; expected float."
-
-
-# How quantizers are wired
 
 
 def _q_feeds_dq(subject: _Subject) -> _Found:
@@ -511,9 +502,6 @@ def _brief(values: np.ndarray) -> str:
     """The type of an array and its number, or its length and first number."""
     first = f"{values.ravel()[0]:.6g}" if values.size else "nothing"
     return f"{values.dtype} {first}" if values.size == 1 else f"{values.dtype} {first}, ... ({values.size} values)"
-
-
-# Scales and zero points
 
 
 def _scale_constant(subject: _Subject) -> _Found:
@@ -609,9 +597,6 @@ def _uint8_never_negative(subject: _Subject) -> _Found:
             before = producer(node.inputs[0])
             source = f"written by {label(before)} ({before.op})" if before is not None else "an input of the graph"
             yield node, f"The type is uint8, and {node.inputs[0].name}, {source}, may be negative."
-
-
-# Activations and weights
 
 
 def _activation_per_tensor(subject: _Subject) -> _Found:
@@ -749,9 +734,6 @@ def _weight_prequantized(subject: _Subject) -> _Found:
         for weight in subject.graph.weights:
             if weight.quantize is None:
                 yield weight.dequantize, f"The weight of {label(weight.layer.node)} is stored as {weight.values.dtype}."
-
-
-# Placement
 
 
 def _residual_add(subject: _Subject) -> _Found:

@@ -180,7 +180,8 @@ def _stored(tensor: Tensor) -> np.ndarray | None:
         return None
 
 
-def _permutation(node: Node, rank: int) -> list[int] | None:
+def permutation_of(node: Node, rank: int) -> list[int] | None:
+    """Returns the axes that a Transpose permutes, None where they are no permutation."""
     permutation = list(node.attrs.get("perm", range(rank)[::-1]))
     return permutation if sorted(permutation) == list(range(rank)) else None
 
@@ -193,7 +194,7 @@ def constant(tensor: Tensor | None) -> np.ndarray | None:
     values = _stored(source)
     for node in reversed(chain):
         if values is not None and node.op == "Transpose":
-            permutation = _permutation(node, values.ndim)
+            permutation = permutation_of(node, values.ndim)
             values = None if permutation is None else values.transpose(permutation)
     return values
 
@@ -501,7 +502,7 @@ class QdqGraph:
         axis: int | None = layer.axis % values.ndim if -values.ndim <= layer.axis < values.ndim else None
         for node in chain:
             if node.op == "Transpose" and axis is not None:
-                permutation = _permutation(node, values.ndim)
+                permutation = permutation_of(node, values.ndim)
                 axis = None if permutation is None else permutation[axis]
             elif node.op not in ("Identity", "Cast"):
                 axis = None

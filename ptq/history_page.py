@@ -198,9 +198,6 @@ def _milliseconds(value: float | None) -> str:
     return "" if value is None else fixed(value, 3 if value < 1 else 2 if value < 100 else 0)
 
 
-# Tables.
-
-
 def _columns(nights: Sequence[Night]) -> tuple[str, ...]:
     latencies = [f"INT8 batch {size}, ms" for size in _batch_sizes(nights)]
     names = (
@@ -257,9 +254,6 @@ def _tiles(nights: Sequence[Night]) -> list[Tile]:
                 tiles.append(Tile(label, f"{_milliseconds(each.int8_ms)} ms", note + detail))
     stages = f"{last.cached_stages} of {last.stages} stages cached, {last.images_decoded:,} images decoded"
     return [*tiles, Tile("Duration", _duration(last.seconds), stages, last.decision == "failed")]
-
-
-# Pictures.
 
 
 def _charts(nights: Sequence[Night]) -> list[Chart]:

@@ -11,13 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from ptq.errors import ManifestError
 from ptq.inputs import READS_AT_ONCE, Inputs, is_remote
-
-if TYPE_CHECKING:
-    from ptq.s3_objects import RemoteObject
+from ptq.s3_objects import RemoteObject
 
 Progress = Callable[[int, int], None]
 

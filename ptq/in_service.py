@@ -3,7 +3,8 @@
 from ptq.config import Dialect
 from ptq.errors import PtqError
 from ptq.onnx_graph import summarize_onnx
-from ptq.records import ArtifactRef, ServedModel
+from ptq.records.base import ArtifactRef
+from ptq.records.decision import ServedModel
 from ptq.store import Store
 
 

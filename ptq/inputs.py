@@ -15,16 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
 
-from ptq.backends import LocalFolder, disk_errors
+from ptq.backends import LocalFolder
 from ptq.errors import ArtifactError, CheckpointError, ManifestError, PtqError
-from ptq.object_cache import ObjectCache, file_digest, user_cache
-from ptq.records import digest
+from ptq.files import disk_errors, file_digest
+from ptq.object_cache import ObjectCache, user_cache
+from ptq.records.base import digest
+from ptq.s3_objects import RemoteObject, RemoteObjects
 from ptq.store import Store
-
-if TYPE_CHECKING:
-    from ptq.s3_objects import RemoteObject, RemoteObjects
 
 # Requests at once, most of whose time is waiting; as many images are in memory.
 READS_AT_ONCE = 16

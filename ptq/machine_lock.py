@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from ptq.backends import disk_errors
+from ptq.files import disk_errors
 
 # Containers that share a machine are given one folder for it.
 FOLDER_VARIABLE = "PTQ_LOCK_DIR"

@@ -6,9 +6,7 @@ Quantizers are placed elsewhere. The only importer of torchvision.
 """
 
 import hashlib
-import importlib
 import importlib.util
-import logging
 import operator
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -22,6 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from ptq.attention import explicit_attention_
 from ptq.errors import CheckpointError, ExportError, UsageError
+from ptq.files import file_sha256
 
 try:
     # A build of torch without CUDA beside the index's torchvision fails at import: the operators it registers
@@ -32,8 +31,6 @@ try:
             _SCHEMAS.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 finally:
     import torchvision
-
-logger = logging.getLogger(__name__)
 
 _IN_PLACE = {operator.iadd: operator.add, operator.imul: operator.mul}
 _STATE_KEYS = ("model_state_dict", "state_dict", "model")
@@ -46,12 +43,6 @@ class FoldedModel:
     module: nn.Module
     traced: bool
     warning: str
-
-
-def file_sha256(path: Path) -> str:
-    """Returns the SHA-256 of the bytes of `path`."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def create_model(name: str, *, num_classes: int, channels: int, seed: int = 0) -> nn.Module:

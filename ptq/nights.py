@@ -11,9 +11,11 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from ptq.records import BenchmarkRecord, RunDecision, RunResult, record_from_json, to_jsonable
+from ptq.records.base import record_from_json, to_jsonable
+from ptq.records.benchmark import BenchmarkRecord
+from ptq.records.decision import RunDecision, RunResult
+from ptq.records.verdict import Verdict
 from ptq.store import Store
-from ptq.verdict import Verdict
 
 logger = logging.getLogger(__name__)
 

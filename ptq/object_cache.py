@@ -5,26 +5,19 @@ recently used removed above a size. `PTQ_CACHE_DIR` and `PTQ_CACHE_GIB` set it u
 """
 
 import contextlib
-import hashlib
 import os
 import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from ptq.backends import disk_errors
 from ptq.errors import ArtifactError, UsageError
+from ptq.files import disk_errors, file_digest
 
 DEFAULT_GIB = 20.0
 # A path that was handed out may be opened a little later.
 _KEPT_S = 3600.0
 _TEMPORARY = ".fetched-"
-
-
-def file_digest(path: Path) -> str:
-    """Returns the SHA-256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def user_cache() -> "ObjectCache":

@@ -10,12 +10,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ptq.records import PlacementPlan
-
-
-def observed_names(plan: PlacementPlan) -> tuple[str, ...]:
-    """Returns the names of the activation quantizers, in the order in which their tensors are returned."""
-    return tuple(spec.name for spec in plan.activations)
+from ptq.dialect import observed_names
+from ptq.records.plan import PlacementPlan
 
 
 def observed_from_folded(folded: nn.Module, plan: PlacementPlan) -> nn.Module:

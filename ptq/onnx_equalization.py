@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Float
 
-from ptq.channel_ids import ChannelIds, Ids
 from ptq.graph_walk import Layer, Node, QdqGraph, Tensor, constant, input_at, is_zero_padding
+from ptq.numerics.channel_factors import ChannelIds, Ids
 from ptq.onnx_placement import layer_name
 
 _SCALABLE = ("Relu", "LeakyRelu", "MaxPool", "AveragePool", "GlobalAveragePool", "ReduceMean")

@@ -19,9 +19,10 @@ from onnx import numpy_helper
 from torch import nn
 
 from ptq.config import Dialect
+from ptq.dialect import amax_bound, is_unsigned
 from ptq.errors import ExportError
-from ptq.fake_quant import QUANTIZER_PREFIX, amax_bound, exportable_fake_quant, is_unsigned
-from ptq.records import PlacementPlan
+from ptq.fake_quant import QUANTIZER_PREFIX, exportable_fake_quant
+from ptq.records.plan import PlacementPlan
 
 OPSET = 17  # the newest that TensorRT 8.6 reads
 INPUT_NAME, OUTPUT_NAME = "images", "logits"

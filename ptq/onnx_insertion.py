@@ -11,12 +11,12 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from ptq.amax import amax_from_weight
 from ptq.config import WeightMethod
 from ptq.errors import ExportError
+from ptq.numerics.amax import amax_from_weight
 from ptq.onnx_canonical import save_graph
 from ptq.onnx_graph import observed_output
-from ptq.records import PlacementPlan, QuantizerSpec
+from ptq.records.plan import PlacementPlan, QuantizerSpec
 
 
 def write_observed(graph_file: Path, path: Path, *, plan: PlacementPlan) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from ptq.errors import UsageError
 from ptq.graph_walk import RESHAPING, Layer, Node, QdqGraph, Tensor, constant, is_zero_padding, producer, reach
 from ptq.onnx_names import bias_add
-from ptq.records import LayerInput, PlacementPlan, QuantizerSpec
+from ptq.records.plan import LayerInput, PlacementPlan, QuantizerSpec
 
 _WEIGHT_ENDING = ".weight"
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
@@ -139,9 +139,6 @@ def _gate_multiplications(pool: Node) -> list[Node]:
     return [product for product in products if pool.outputs[0].name in _reach(product.outputs[0])]
 
 
-# Residual adds
-
-
 def _operands(node: Node) -> list[Tensor]:
     """What a node reads of the image; integers are sizes and positions, from which masks are made."""
     return [
@@ -224,9 +221,6 @@ def _cut_from(graph: QdqGraph, tensor: Tensor) -> tuple[Tensor, Node | None]:
             break
         tensor, reader = node.inputs[0], node
     return tensor, reader
-
-
-# One quantizer per tensor
 
 
 @dataclass

@@ -23,7 +23,8 @@ from ptq.onnx_names import layers_of
 from ptq.onnx_placement import place_quantizers
 from ptq.onnx_source import OnnxSource, read_source, source_digest
 from ptq.preparation import PreparedModel
-from ptq.records import PlacementPlan, to_jsonable
+from ptq.records.base import to_jsonable
+from ptq.records.plan import PlacementPlan
 
 # Two float executions of one network differ by rounding; folding BatchNorm moves that by a little.
 _TOLERANCE = 1e-3

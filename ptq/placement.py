@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ptq.errors import UsageError
-from ptq.records import LayerInput, PlacementPlan, QuantizerSpec
+from ptq.records.plan import LayerInput, PlacementPlan, QuantizerSpec
 
 WEIGHTED_LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 _AVERAGE_POOLS = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)

@@ -15,24 +15,26 @@ import torch
 from torch import fx
 
 from ptq.config import QuantizationConfig, WeightMethod
+from ptq.dialect import observed_names
 from ptq.equalization import equalize_
 from ptq.errors import CheckpointError
 from ptq.fake_quant import fake_quant_from_folded, weight_amax
+from ptq.files import file_sha256
 from ptq.models import (
     FoldedModel,
     check_runs,
     create_model,
     factory_digest,
-    file_sha256,
     fold_model,
     head_size,
     load_weights_,
     read_state_dict,
 )
-from ptq.observation import observed_from_folded, observed_names
+from ptq.observation import observed_from_folded
 from ptq.onnx_graph import HalfPrecision, export_onnx, export_qdq_template
 from ptq.placement import place_quantizers
-from ptq.records import PlacementPlan, record_from_json, to_jsonable
+from ptq.records.base import record_from_json, to_jsonable
+from ptq.records.plan import PlacementPlan
 from ptq.unfolding import unfolded_state
 
 

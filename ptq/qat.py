@@ -17,7 +17,7 @@ from torch import nn
 from ptq.errors import CalibrationError
 from ptq.fake_quant import exportable_fake_quant
 from ptq.images import network_input
-from ptq.records import PlacementPlan
+from ptq.records.plan import PlacementPlan
 from ptq.training import MOMENTUM, Examples, evaluate_classifier, learning_rates
 
 BATCH_SIZE = 32

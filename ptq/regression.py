@@ -7,15 +7,9 @@ layers by how far their amax has moved. It measures nothing and publishes nothin
 import math
 from collections.abc import Mapping, Sequence
 
-from ptq.records import (
-    AmaxDrift,
-    GateDecision,
-    PairedComparison,
-    ServedComparison,
-    ServedDecision,
-    ServedLatency,
-    ServedModel,
-)
+from ptq.records.benchmark import ServedLatency
+from ptq.records.decision import AmaxDrift, GateDecision, ServedComparison, ServedDecision, ServedModel
+from ptq.records.evaluation import PairedComparison
 
 # A layer whose amax changes by more than this factor sees other activations than before.
 NOTABLE_DRIFT = 2.0

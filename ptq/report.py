@@ -13,24 +13,16 @@ import polars
 
 from ptq.charts import box_plot_png, latency_bars_png
 from ptq.config import in_method_order
-from ptq.metrics import ClassMetrics
+from ptq.numerics.metrics import ClassMetrics
 from ptq.pages import data_uri, markdown_text, page_template
-from ptq.records import (
-    Attempt,
-    BenchmarkRecord,
-    CalibrationDraws,
-    DataRecord,
-    EngineRecord,
-    EvaluationRecord,
-    GraphChecks,
-    LayerLength,
-    Measurement,
-    ModelRecord,
-    PlacementPlan,
-    Selection,
-    ServedComparison,
-    SplitMetrics,
-)
+from ptq.records.benchmark import BenchmarkRecord, Measurement
+from ptq.records.calibration import CalibrationDraws, LayerLength
+from ptq.records.data import DataRecord
+from ptq.records.decision import Attempt, ServedComparison
+from ptq.records.evaluation import EvaluationRecord, Selection, SplitMetrics
+from ptq.records.graph import EngineRecord, GraphChecks
+from ptq.records.plan import ModelRecord, PlacementPlan
+from ptq.records.verdict import Verdict, VerdictCandidate
 from ptq.served_tables import tables_of_served
 from ptq.tables import (
     PRECISION_ORDER,
@@ -46,7 +38,6 @@ from ptq.tables import (
     size_text,
     with_unit,
 )
-from ptq.verdict import Verdict, VerdictCandidate
 
 FLIPPED_IMAGES_SHOWN = 50
 CLASSES_IN_A_MATRIX = 20
@@ -104,7 +95,7 @@ def results_table(inputs: ReportInputs) -> polars.DataFrame:
     selection = inputs.selection
     rows = []
     for candidate in inputs.verdict.candidates:
-        evaluation = _evaluation(inputs, candidate.id)
+        evaluation = evaluation_of(inputs, candidate.id)
         metrics = evaluation.on(selection.test_split)
         rows.append(
             {
@@ -143,7 +134,7 @@ def benchmark_table(record: BenchmarkRecord) -> polars.DataFrame:
 
 def boxplot_png(inputs: ReportInputs) -> bytes:
     """Returns the box plot of the methods over the trials on the test split, the same bytes as in the HTML report."""
-    by_method: dict[str, list[float]] = {method: [] for method in _methods(inputs)}
+    by_method: dict[str, list[float]] = {method: [] for method in methods_of(inputs)}
     for candidate in sorted(inputs.verdict.candidates, key=lambda item: item.trial):
         by_method[candidate.method].append(candidate.top1_percent)
     trials, name = len(inputs.draws.indices), inputs.verdict.model
@@ -169,7 +160,7 @@ def html_report(inputs: ReportInputs) -> str:
         verdict=inputs.verdict,
         sentence=verdict_sentence(inputs),
         tiles=_tiles(inputs),
-        warnings=_warnings(inputs),
+        warnings=run_warnings(inputs),
         accuracy=_accuracy_table(inputs),
         comparison=_comparison_table(inputs),
         trials=_trials_table(inputs),
@@ -202,7 +193,7 @@ def html_report(inputs: ReportInputs) -> str:
 def markdown_report(inputs: ReportInputs) -> str:
     """Returns the same facts, shorter, as GitHub Markdown; the picture is expected beside it as `boxplot.png`."""
     findings, _ = _findings_tables(inputs.checks)
-    warnings = _warnings(inputs)
+    warnings = run_warnings(inputs)
     slow = [f"**{markdown_text(sentence)}**\n" for sentence in _slow_sentences(inputs)]
     float_layers = _first_names(inputs.plan.float_layers) or "none"
     parts = [
@@ -238,9 +229,6 @@ def markdown_report(inputs: ReportInputs) -> str:
     return "\n".join(parts)
 
 
-# Tables: what is told, in finished text.
-
-
 def _accuracy_table(inputs: ReportInputs) -> Table:
     fp32, int8 = _test_metrics(inputs)
     rows = (
@@ -274,7 +262,7 @@ def _comparison_table(inputs: ReportInputs) -> Table:
 
 def _trials_table(inputs: ReportInputs) -> Table:
     found = {(item.trial, item.method): item for item in inputs.verdict.candidates}
-    methods = _methods(inputs)
+    methods = methods_of(inputs)
     rows = []
     for trial in sorted({item.trial for item in inputs.verdict.candidates}):
         cells = [found.get((trial, method)) for method in methods]
@@ -507,7 +495,7 @@ def _calibration_table(inputs: ReportInputs) -> Table:
         ("Images per draw", _images_per_draw(inputs.draws)),
         ("Different images over all draws", f"{len(set().union(*indices)):,}"),
         ("Images prepared", f"{inputs.draws.prepared.images:,}"),
-        ("Methods", ", ".join(_methods(inputs))),
+        ("Methods", ", ".join(methods_of(inputs))),
     )
     return Table("Calibration draws", ("Fact", "Value"), rows)
 
@@ -576,9 +564,6 @@ def _provenance_tables(inputs: ReportInputs) -> tuple[Table, ...]:
         Table("Machine", ("Property", "Value"), tuple((str(k), str(v)) for k, v in inputs.machine.items())),
         Table("Files", ("File", "Size", "SHA-256"), files),
     )
-
-
-# Parts that only the HTML page has.
 
 
 @dataclass(frozen=True, slots=True)
@@ -657,10 +642,7 @@ def _matrix(inputs: ReportInputs, confusion: Sequence[Sequence[int]], title: str
     return _Matrix(title, heads, tuple(rows))
 
 
-# What several parts need from the records.
-
-
-def _evaluation(inputs: ReportInputs, candidate_id: str) -> EvaluationRecord:
+def evaluation_of(inputs: ReportInputs, candidate_id: str) -> EvaluationRecord:
     """The evaluation of a candidate, or of the one whose amax table it has."""
     same_as = {item.id: item.same_as for item in inputs.verdict.candidates}
     wanted = same_as.get(candidate_id) or candidate_id
@@ -676,10 +658,11 @@ def _evaluation(inputs: ReportInputs, candidate_id: str) -> EvaluationRecord:
 def _test_metrics(inputs: ReportInputs) -> tuple[SplitMetrics, SplitMetrics]:
     """FP32 and the chosen INT8 candidate on the test split."""
     split = inputs.selection.test_split
-    return inputs.baseline.on(split), _evaluation(inputs, inputs.selection.candidate).on(split)
+    return inputs.baseline.on(split), evaluation_of(inputs, inputs.selection.candidate).on(split)
 
 
-def _methods(inputs: ReportInputs) -> tuple[str, ...]:
+def methods_of(inputs: ReportInputs) -> tuple[str, ...]:
+    """Returns the methods of the candidates, in the order in which tables show them."""
     return in_method_order(item.method for item in inputs.verdict.candidates)
 
 
@@ -738,7 +721,7 @@ def _first_names(names: Sequence[str]) -> str:
     return ", ".join(names[:LAYERS_IN_A_SENTENCE]) + (f" and {more} more" if more > 0 else "")
 
 
-def _warnings(inputs: ReportInputs) -> tuple[str, ...]:
+def run_warnings(inputs: ReportInputs) -> tuple[str, ...]:
     """Every warning of the run once, in the order of the stages."""
     groups = (inputs.warnings, inputs.draws.warnings, inputs.model.warnings, inputs.plan.warnings)
     return _unique(warning for group in (*groups, inputs.benchmark.warnings) for warning in group)
@@ -771,9 +754,6 @@ def _trial_cell(candidate: VerdictCandidate | None, chosen: str) -> str:
     if candidate is None:
         return "n/a"
     return f"{fixed(candidate.top1_percent, 2)}{' *' if candidate.id == chosen else ''}"
-
-
-# Markdown.
 
 
 def _markdown_list(items: Iterable[str]) -> list[str]:

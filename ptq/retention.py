@@ -14,7 +14,7 @@ from typing import Any
 
 from ptq.backends import Entry
 from ptq.errors import ArtifactError, UsageError
-from ptq.records import ArtifactRef
+from ptq.records.base import ArtifactRef
 from ptq.store import Store, artifact_refs, folder_of_uri, open_store
 
 DAY_S = 86_400.0

@@ -12,15 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ptq.config import in_method_order
-from ptq.metrics import PredictionTables, paired_comparison, sampling_std_pp
-from ptq.records import (
-    AmaxRecord,
-    EvaluationRecord,
-    FlippedImage,
-    MethodSpread,
-    PairedComparison,
-    Selection,
-)
+from ptq.numerics.metrics import PredictionTables
+from ptq.numerics.paired_test import paired_comparison, sampling_std_pp
+from ptq.records.calibration import AmaxRecord
+from ptq.records.evaluation import EvaluationRecord, FlippedImage, MethodSpread, PairedComparison, Selection
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ from torch import fx, nn
 
 from ptq.config import in_method_order
 from ptq.fake_quant import activate_, exportable_fake_quant, set_activation_amax_
-from ptq.metrics import sqnr_db
-from ptq.records import PlacementPlan
+from ptq.numerics.metrics import sqnr_db
+from ptq.records.plan import PlacementPlan
 
 BATCH_SIZE = 32
 

@@ -1,6 +1,6 @@
 """What do report and terminal tell about the version in service?"""
 
-from ptq.records import ServedComparison
+from ptq.records.decision import ServedComparison
 from ptq.regression import NOTABLE_DRIFT, drift_factor
 from ptq.tables import Table, fixed, interval_text, probability
 

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from ptq.bias_correction import ChannelSums, empty_channel_sums
 from ptq.collection import TrialStatistics, merge_statistics, trials_by_image
-from ptq.histogram import Histograms
+from ptq.numerics.bias_correction import ChannelSums, empty_channel_sums
+from ptq.numerics.histogram import Histograms
 
 
 def draws_of_shard(draws: Sequence[Sequence[int]], *, shard: int, shards: int) -> tuple[tuple[int, ...], ...]:

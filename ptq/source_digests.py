@@ -15,7 +15,6 @@ import contextlib
 import copy
 import gc
 import hashlib
-import importlib.metadata
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -23,12 +22,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-# Distributions by the name they are imported under.
-LIBRARIES = {
-    "torch": "torch", "torchvision": "torchvision", "numpy": "numpy", "numba": "numba", "scipy": "scipy",
-    "onnx": "onnx", "onnx_graphsurgeon": "onnx-graphsurgeon", "onnxruntime": "onnxruntime", "openvino": "openvino",
-    "pytorch_quantization": "pytorch-quantization", "PIL": "pillow",
-}  # fmt: skip
+from ptq.provenance import LIBRARIES
+
 # What a result never depends on, and why.
 NOT_COUNTED = {
     "ptq.store": "moves bytes that are verified by their SHA-256",
@@ -57,19 +52,6 @@ class StageCode:
 
 
 @cache
-def library_versions(names: tuple[str, ...] = tuple(LIBRARIES.values())) -> dict[str, str]:
-    """Returns the installed version of each distribution, empty for one that is not installed."""
-    return {name: _version(name) for name in names}
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-@cache
 def code_of_stage(function: Callable[..., Any]) -> StageCode:
     """Returns the code that a stage's function depends on, read once per process.
 
@@ -83,18 +65,6 @@ def code_of_stage(function: Callable[..., Any]) -> StageCode:
     tree = _installed_sources()
     name = tree.module_of(Path(file)) or tree.add(function.__module__, Path(file))
     return tree.code_of(name, function.__qualname__)
-
-
-@cache
-def package_digest() -> str:
-    """Returns the SHA-256 of all sources of `ptq`, `tasks` and `flows`, by relative name and content."""
-    root = Path(__file__).resolve().parents[1]
-    paths = [path for package in ("ptq", "tasks", "flows") for path in (root / package).rglob("*")]
-    total = hashlib.sha256()
-    for path in sorted(path for path in paths if path.suffix in (".py", ".j2")):
-        total.update(f"{path.relative_to(root).as_posix()}\0".encode())
-        total.update(hashlib.sha256(path.read_bytes()).digest())
-    return total.hexdigest()
 
 
 @cache

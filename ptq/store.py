@@ -7,9 +7,7 @@ key. Nothing here knows what an object means. Where the bytes lie is the busines
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,10 +17,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import unquote, urlparse
 
-from ptq.backends import Backend, LocalFolder, disk_errors
+from ptq.backends import Backend, LocalFolder
 from ptq.errors import ArtifactError, UsageError
-from ptq.object_cache import ObjectCache, file_digest, user_cache
-from ptq.records import ArtifactRef, digest
+from ptq.files import file_digest
+from ptq.object_cache import ObjectCache, user_cache
+from ptq.records.base import ArtifactRef, digest
 
 # Times a body is fetched, where what arrives is not what was stored.
 _FETCH_ATTEMPTS = 4
@@ -520,22 +519,3 @@ def artifact_refs(value: Any) -> Iterator[ArtifactRef]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from artifact_refs(item)
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Writes a file outside the store, complete or not at all.
-
-    Raises:
-        ArtifactError: the file cannot be written.
-    """
-    with disk_errors(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(data)
-            os.chmod(temporary, 0o644)
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise

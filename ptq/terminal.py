@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ptq.benchmarking import FileMeasurement
-from ptq.metrics import ClassMetrics
-from ptq.records import GraphChecks, GraphFinding, SplitMetrics
+from ptq.numerics.metrics import ClassMetrics
+from ptq.records.evaluation import SplitMetrics
+from ptq.records.graph import GraphChecks, GraphFinding
+from ptq.records.verdict import Verdict, VerdictMeasurement, VerdictServed
 from ptq.retention import Collection
 from ptq.tables import Table, fixed, interval_text, percent_change, probability
-from ptq.verdict import Verdict, VerdictMeasurement, VerdictServed
 
 CLASSES_SHOWN = 20
 NODES_SHOWN = 3

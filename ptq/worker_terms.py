@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from ptq.engines import open_engine
 from ptq.errors import PtqError
-from ptq.records import ArtifactRef, EngineIdentity
-from ptq.source_digests import library_versions, package_digest
+from ptq.provenance import library_versions, package_digest
+from ptq.records.base import ArtifactRef
+from ptq.records.graph import EngineIdentity
 from ptq.store import open_store
 
 

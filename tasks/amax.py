@@ -4,9 +4,11 @@ import json
 
 from ptq.calibration import amax_table
 from ptq.config import Dialect, LabelledMethod
-from ptq.histogram import trials_from_bytes
+from ptq.numerics.histogram import trials_from_bytes
 from ptq.preparation import plan_from_file
-from ptq.records import AmaxRecord, ArtifactRef, ModelRecord
+from ptq.records.base import ArtifactRef
+from ptq.records.calibration import AmaxRecord
+from ptq.records.plan import ModelRecord
 from ptq.store import open_store
 from tasks.stage import RunContext, stage
 

@@ -7,7 +7,8 @@ from prefect.logging import get_run_logger
 
 from ptq.benchmarking import LoadedEngine, measure_engines
 from ptq.config import BenchmarkConfig
-from ptq.records import BenchmarkRecord, EngineRecord
+from ptq.records.benchmark import BenchmarkRecord
+from ptq.records.graph import EngineRecord
 from ptq.store import open_store
 from tasks.stage import RunContext, stage
 

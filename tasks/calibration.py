@@ -5,13 +5,15 @@ from dataclasses import replace
 
 from prefect.logging import get_run_logger
 
-from ptq.arrays import arrays_from_npz, npz_from_arrays
 from ptq.calibration import CollectedTrials, ObservedOnDevice, corrected_biases, means_by_name, trials_from_files
 from ptq.collection import TrialStatistics
 from ptq.config import Normalization, StoppingRule
-from ptq.histogram import bytes_from_trials
+from ptq.files import arrays_from_npz, npz_from_arrays
+from ptq.numerics.histogram import bytes_from_trials
 from ptq.preparation import observed_model, plan_from_file
-from ptq.records import ArtifactRef, CalibrationDraws, ModelRecord, PlacementPlan, StatisticsRecord
+from ptq.records.base import ArtifactRef
+from ptq.records.calibration import CalibrationDraws, StatisticsRecord
+from ptq.records.plan import ModelRecord, PlacementPlan
 from ptq.shards import bytes_from_shard, draws_of_shard, merge_shards
 from ptq.store import Store, open_store
 from tasks.progress import progress_logger

@@ -7,10 +7,12 @@ import numpy as np
 from prefect.logging import get_run_logger
 
 from ptq import datasets
-from ptq.arrays import npy_from_array
 from ptq.config import Decoding
+from ptq.files import npy_from_array
 from ptq.inputs import Inputs, is_remote
-from ptq.records import CalibrationDraws, DataRecord, PreparedImages, digest
+from ptq.records.base import digest
+from ptq.records.calibration import CalibrationDraws
+from ptq.records.data import DataRecord, PreparedImages
 from ptq.store import Store, open_store
 from tasks.progress import progress_logger
 from tasks.stage import RunContext, stage

@@ -8,7 +8,8 @@ from prefect.logging import get_run_logger
 
 from ptq.config import EngineConfig, Precision
 from ptq.engines import int8_share, open_engine
-from ptq.records import ArtifactRef, EngineIdentity, EngineRecord, digest
+from ptq.records.base import ArtifactRef, digest
+from ptq.records.graph import EngineIdentity, EngineRecord
 from ptq.store import open_store
 from tasks.stage import RunContext, stage
 

@@ -6,12 +6,15 @@ from pathlib import Path
 
 from prefect.logging import get_run_logger
 
-from ptq.arrays import arrays_from_npz
 from ptq.config import Dialect, WeightMethod
+from ptq.files import arrays_from_npz
 from ptq.onnx_graph import write_candidate
 from ptq.onnx_insertion import write_qdq_template
 from ptq.preparation import plan_from_file, write_template
-from ptq.records import AmaxRecord, ArtifactRef, GraphRecord, ModelRecord
+from ptq.records.base import ArtifactRef
+from ptq.records.calibration import AmaxRecord
+from ptq.records.graph import GraphRecord
+from ptq.records.plan import ModelRecord
 from ptq.store import open_store
 from tasks.stage import RunContext, stage
 

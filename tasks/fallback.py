@@ -13,18 +13,10 @@ from ptq import fallback
 from ptq.calibration import amax_table, statistics_from_files
 from ptq.config import Dialect, FallbackConfig, GateConfig, LabelledMethod, Normalization, WeightMethod
 from ptq.preparation import plan_from_file
-from ptq.records import (
-    AmaxRecord,
-    ArtifactRef,
-    Attempt,
-    CalibrationDraws,
-    FineTuning,
-    GateDecision,
-    LayerRanking,
-    MethodChoice,
-    ModelRecord,
-    RunFindings,
-)
+from ptq.records.base import ArtifactRef
+from ptq.records.calibration import AmaxRecord, CalibrationDraws
+from ptq.records.decision import Attempt, FineTuning, GateDecision, LayerRanking, MethodChoice, RunFindings
+from ptq.records.plan import ModelRecord
 from ptq.store import Store, open_store
 from tasks.progress import progress_logger
 from tasks.stage import RunContext, stage

@@ -14,7 +14,8 @@ from ptq.models import factory_digest
 from ptq.onnx_preparation import equalize_onnx_model, prepare_onnx_model
 from ptq.onnx_source import source_digest
 from ptq.preparation import equalize_model, model_sources, plan_from_file, prepare_model
-from ptq.records import CalibrationDraws, ModelRecord
+from ptq.records.calibration import CalibrationDraws
+from ptq.records.plan import ModelRecord
 from ptq.store import open_store
 from tasks.stage import RunContext, stage
 

@@ -13,9 +13,11 @@ from prefect.logging import get_run_logger
 
 from ptq import nights
 from ptq.config import PtqConfig
+from ptq.files import write_file
 from ptq.history_page import headline, history_html, history_markdown
-from ptq.records import RunResult, digest
-from ptq.store import open_store, write_file
+from ptq.records.base import digest
+from ptq.records.decision import RunResult
+from ptq.store import open_store
 from tasks.progress import artifact_key
 
 

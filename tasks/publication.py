@@ -12,17 +12,11 @@ from prefect.logging import get_run_logger
 from ptq import gate
 from ptq.config import GateConfig, PtqConfig
 from ptq.delivery import build_report, check_output_directory, deliver, lineage
-from ptq.records import (
-    ArtifactRef,
-    BenchmarkRecord,
-    GateDecision,
-    GraphChecks,
-    Publication,
-    RunDecision,
-    RunFindings,
-    RunResult,
-    Selection,
-)
+from ptq.records.base import ArtifactRef
+from ptq.records.benchmark import BenchmarkRecord
+from ptq.records.decision import GateDecision, Publication, RunDecision, RunFindings, RunResult
+from ptq.records.evaluation import Selection
+from ptq.records.graph import GraphChecks
 from ptq.store import open_store
 from tasks.stage import RunContext, stage
 

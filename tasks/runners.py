@@ -15,7 +15,7 @@ from prefect.futures import PrefectFuture, PrefectFutureList
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from ptq.config import PtqConfig
-from ptq.records import EngineIdentity
+from ptq.records.graph import EngineIdentity
 from ptq.worker_terms import terms_of_run
 
 

@@ -12,19 +12,15 @@ from ptq import regression
 from ptq.benchmarking import LoadedEngine, measure_against
 from ptq.config import BenchmarkConfig, GateConfig
 from ptq.in_service import served_version
-from ptq.metrics import paired_comparison, tables_from_parquet
-from ptq.records import (
-    AmaxRecord,
-    ArtifactRef,
-    EngineRecord,
-    EvaluationRecord,
-    GateDecision,
-    GraphRecord,
-    ModelRecord,
-    ServedComparison,
-    ServedLatency,
-    ServedModel,
-)
+from ptq.numerics.metrics import tables_from_parquet
+from ptq.numerics.paired_test import paired_comparison
+from ptq.records.base import ArtifactRef
+from ptq.records.benchmark import ServedLatency
+from ptq.records.calibration import AmaxRecord
+from ptq.records.decision import GateDecision, ServedComparison, ServedModel
+from ptq.records.evaluation import EvaluationRecord
+from ptq.records.graph import EngineRecord, GraphRecord
+from ptq.records.plan import ModelRecord
 from ptq.selection import compared_images
 from ptq.store import open_store
 from tasks.stage import RunContext, stage

@@ -23,7 +23,8 @@ from ptq.config import PtqConfig
 from ptq.errors import UsageError
 from ptq.gate import HEADLINES
 from ptq.inputs import Inputs
-from ptq.records import RunResult, digest
+from ptq.records.base import digest
+from ptq.records.decision import RunResult
 from ptq.store import open_store
 from tasks.progress import has_lasting_server
 from tasks.retries import is_transient

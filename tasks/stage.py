@@ -20,8 +20,9 @@ from prefect.transactions import TransactionState, get_transaction
 
 from ptq.errors import ArtifactError
 from ptq.machine_lock import shared_machine, whole_machine
-from ptq.records import record_from_json, to_jsonable
-from ptq.source_digests import code_of_stage, library_versions
+from ptq.provenance import library_versions
+from ptq.records.base import record_from_json, to_jsonable
+from ptq.source_digests import code_of_stage
 from ptq.store import StageEntry, open_store, stage_key
 from tasks.progress import announce_finished
 from tasks.retries import is_transient

@@ -9,8 +9,9 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from ptq.config import TrainingConfig
-from ptq.records import DataRecord, PreparedImages, TrainingRecord
-from ptq.store import open_store, write_file
+from ptq.files import write_file
+from ptq.records.data import DataRecord, PreparedImages, TrainingRecord
+from ptq.store import open_store
 from ptq.training_run import train_from_files, training_sources
 from tasks.progress import progress_logger
 from tasks.stage import RunContext, stage

@@ -6,7 +6,8 @@ from prefect.logging import get_run_logger
 
 from ptq.graph_checks import check_graph
 from ptq.preparation import plan_from_file
-from ptq.records import GraphChecks, GraphRecord, ModelRecord
+from ptq.records.graph import GraphChecks, GraphRecord
+from ptq.records.plan import ModelRecord
 from ptq.store import open_store
 from tasks.stage import RunContext, stage
 

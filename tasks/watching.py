@@ -13,7 +13,7 @@ from ptq.bucket_notifications import created_objects
 from ptq.checkpoints import Checkpoint, CheckpointWatch, model_of
 from ptq.errors import ArtifactError, PtqError, UsageError
 from ptq.inputs import is_remote
-from ptq.records import digest
+from ptq.records.base import digest
 from ptq.store import Store, open_store
 from tasks.announcements import Announced, Logger, announce, api, claim, confirm
 

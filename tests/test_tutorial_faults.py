@@ -10,8 +10,8 @@ from ptq.calibration import amax_table
 from ptq.collection import collect_statistics
 from ptq.config import QuantizationConfig
 from ptq.datasets import draw_calibration_indices
+from ptq.dialect import observed_names
 from ptq.engines import open_activation_readers
-from ptq.observation import observed_names
 from ptq.preparation import prepare_model
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)

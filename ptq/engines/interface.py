@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ptq.config import Precision
 from ptq.errors import EngineBuildError
-from ptq.records import EngineIdentity, Int8Share, LayerReport
+from ptq.records.graph import EngineIdentity, Int8Share, LayerReport
 
 FloatRemainder = Literal["fp32", "bf16"]
 Float32Array = npt.NDArray[np.float32]

@@ -23,7 +23,7 @@ from ptq.engines.interface import (
     time_calls,
 )
 from ptq.errors import EngineBuildError
-from ptq.records import EngineIdentity
+from ptq.records.graph import EngineIdentity
 
 _PROVIDER = "CPUExecutionProvider"
 _PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")

@@ -44,7 +44,7 @@ from ptq.engines.interface import (
     time_calls,
 )
 from ptq.errors import EngineBuildError
-from ptq.records import EngineIdentity, LayerReport
+from ptq.records.graph import EngineIdentity, LayerReport
 
 # The import of OpenVINO forks a process that sends an event home: beside other threads the fork can hang, and with it
 # the end of the program. Without this package OpenVINO has a stub of its own.

@@ -37,7 +37,7 @@ from ptq.engines.interface import (
 )
 from ptq.errors import EngineBuildError, ExportError
 from ptq.half_precision import half_from_float32, is_half
-from ptq.records import EngineIdentity, LayerReport
+from ptq.records.graph import EngineIdentity, LayerReport
 
 logger = logging.getLogger(__name__)
 

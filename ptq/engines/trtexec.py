@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ptq.errors import EngineBuildError
-from ptq.records import CrossCheck, Measurement
+from ptq.records.benchmark import CrossCheck, Measurement
 
 logger = logging.getLogger(__name__)
 

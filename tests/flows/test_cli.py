@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from flows import cli
-from ptq.verdict import Verdict
+from ptq.records.verdict import Verdict
 
 
 @pytest.fixture

@@ -61,7 +61,7 @@ class Cluster:
         environment = {
             **os.environ,
             **self._environment,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "ptq")]),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")]),
             "PTQ_CACHE_DIR": str(self.folder / f"{name}-cache"),
             "PTQ_LOCK_DIR": str(self.folder / "worker-locks"),
         }

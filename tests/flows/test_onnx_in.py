@@ -14,8 +14,8 @@ from flows import cli
 from flows.quantize_model import quantize_model
 from ptq.config import PtqConfig
 from ptq.errors import CheckpointError
+from ptq.records.verdict import Verdict
 from ptq.store import open_store
-from ptq.verdict import Verdict
 
 pytestmark = pytest.mark.usefixtures("prefect_backend")
 

@@ -23,7 +23,7 @@ from s3_servers import BUCKET, free_port
 from flows.receiver import receive, receiver_app, receiver_token
 from flows.watch_checkpoints import watch_checkpoints
 from ptq.errors import UsageError
-from ptq.object_cache import file_digest
+from ptq.files import file_digest
 from tasks import watching
 from tasks.watching import Inbox
 

@@ -18,7 +18,7 @@ from s3_servers import BUCKET
 from flows import cli
 from flows.watch_checkpoints import watch_checkpoints
 from ptq.errors import ArtifactError
-from ptq.object_cache import file_digest
+from ptq.files import file_digest
 from tasks import announcements
 
 pytestmark = pytest.mark.usefixtures("prefect_backend")

@@ -20,8 +20,10 @@ from ptq.adaptive import (
 )
 from ptq.collection import collect_statistics
 from ptq.config import LabelledMethod
-from ptq.histogram import empty_histograms, histograms_of, merge
-from ptq.records import ArtifactRef, CalibrationDraws, LayerLength, PreparedImages, TrialLength
+from ptq.numerics.histogram import empty_histograms, histograms_of, merge
+from ptq.records.base import ArtifactRef
+from ptq.records.calibration import CalibrationDraws, LayerLength, TrialLength
+from ptq.records.data import PreparedImages
 
 NAMES = ["light", "heavy"]
 COUNT = 512

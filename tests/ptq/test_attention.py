@@ -8,7 +8,7 @@ from ptq.attention import original_name
 from ptq.models import create_model, fold_model
 from ptq.placement import place_quantizers
 from ptq.unfolding import unfolded_state
-from tests.ptq.networks import PLACEMENT, small_vision_transformer
+from tests.support.networks import PLACEMENT, small_vision_transformer
 
 GENERATOR = torch.Generator()
 

@@ -9,16 +9,18 @@ import pytest
 import safetensors.torch
 import torch
 
-from ptq.arrays import npy_from_array
 from ptq.calibration import ObservedOnDevice, ranges_from_files, trials_from_files
 from ptq.config import QuantizationConfig
 from ptq.engines import open_activation_readers
+from ptq.files import npy_from_array
 from ptq.preparation import PreparedModel, equalize_model, observed_model, prepare_model
-from ptq.records import ArtifactRef, CalibrationDraws, PreparedImages
-from tests.ptq.networks import PLACEMENT, SmallResNet
+from ptq.records.base import ArtifactRef
+from ptq.records.calibration import CalibrationDraws
+from ptq.records.data import PreparedImages
 from tests.ptq.test_equalization import with_uneven_channels
+from tests.support.networks import PLACEMENT, SmallResNet
 
-NAME = "tests.ptq.networks:SmallResNet"
+NAME = "tests.support.networks:SmallResNet"
 SHAPE = (3, 16, 16)
 SCALING = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
 

@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 
 from ptq.charts import box_plot_png, latency_bars_png, nights_png
-from ptq.records import BenchmarkRecord, EngineIdentity, Measurement
+from ptq.records.benchmark import BenchmarkRecord, Measurement
+from ptq.records.graph import EngineIdentity
 
 METHODS = {"max": [81.2, 82.1, 83.0], "entropy": [84.6, 84.8, 84.7]}
 

@@ -13,7 +13,7 @@ from ptq import checkpoint_places
 from ptq.checkpoint_places import is_whole
 from ptq.checkpoints import CheckpointWatch, model_of, watched_prefix
 from ptq.errors import ArtifactError, UsageError
-from ptq.object_cache import file_digest
+from ptq.files import file_digest
 from ptq.s3_objects import RemoteObjects
 from ptq.store import open_store
 

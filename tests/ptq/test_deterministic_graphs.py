@@ -19,10 +19,10 @@ from ptq.config import QuantizationConfig
 from ptq.onnx_graph import write_candidate
 from ptq.preparation import prepare_model, write_float_model, write_template
 import onnx
-from tests.ptq.networks import small_resnet
+from tests.support.networks import small_resnet
 folder, shape = Path(sys.argv[1]), (3, 16, 16)
 torch.manual_seed(0)
-name, checkpoint = "tests.ptq.networks:small_resnet", folder / "checkpoint.pth"
+name, checkpoint = "tests.support.networks:small_resnet", folder / "checkpoint.pth"
 torch.save(small_resnet().state_dict(), checkpoint)
 classes = list(small_resnet().state_dict().values())[-1].numel()
 prepared = prepare_model(name=name, checkpoint=checkpoint, class_count=classes, has_named_classes=True,

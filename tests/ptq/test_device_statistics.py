@@ -6,14 +6,15 @@ from hypothesis import strategies as st
 from networks import PLACEMENT, small_resnet
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from ptq.bias_correction import channel_sums_of, empty_channel_sums, merge_channel_sums
 from ptq.calibration import channel_axes
 from ptq.collection import collect_statistics
 from ptq.device_statistics import DeviceStatistics, collect_statistics_on_device
+from ptq.dialect import observed_names
 from ptq.errors import CalibrationError
-from ptq.histogram import MIN_EXPONENT, add_, empty_histograms, histograms_of
 from ptq.models import fold_model
-from ptq.observation import observed_from_folded, observed_names
+from ptq.numerics.bias_correction import channel_sums_of, empty_channel_sums, merge_channel_sums
+from ptq.numerics.histogram import MIN_EXPONENT, add_, empty_histograms, histograms_of
+from ptq.observation import observed_from_folded
 from ptq.placement import place_quantizers
 
 CPU = torch.device("cpu")

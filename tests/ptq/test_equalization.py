@@ -5,12 +5,14 @@ import pytest
 import torch
 from torch import fx, nn
 
-from ptq.equalization import channel_ranges, equalize_
+from ptq.dialect import observed_names
+from ptq.equalization import equalize_
 from ptq.models import create_model, fold_model
-from ptq.observation import observed_from_folded, observed_names
+from ptq.numerics.channel_factors import channel_ranges
+from ptq.observation import observed_from_folded
 from ptq.placement import place_quantizers
 from ptq.unfolding import unfolded_state
-from tests.ptq.networks import PLACEMENT, SmallResNet
+from tests.support.networks import PLACEMENT, SmallResNet
 
 SHAPE = (3, 32, 32)
 

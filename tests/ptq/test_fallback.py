@@ -14,17 +14,11 @@ from ptq.fallback import (
     sensitivity_images,
 )
 from ptq.qat import FineTuned
-from ptq.records import (
-    Attempt,
-    BenchmarkRecord,
-    EngineIdentity,
-    GateDecision,
-    LayerSensitivity,
-    Measurement,
-    PairedComparison,
-    PlacementPlan,
-    QuantizerSpec,
-)
+from ptq.records.benchmark import BenchmarkRecord, Measurement
+from ptq.records.decision import Attempt, GateDecision, LayerSensitivity
+from ptq.records.evaluation import PairedComparison
+from ptq.records.graph import EngineIdentity
+from ptq.records.plan import PlacementPlan, QuantizerSpec
 
 REJECTED = GateDecision(False, ("The top-1 drop is 9.00 pp.", "The graph checks found 0 errors, as asked."))
 ACCEPTED = GateDecision(True, ("The top-1 drop is 0.50 pp.",))

@@ -3,7 +3,9 @@ import math
 import pytest
 
 from ptq.gate import decide
-from ptq.records import BenchmarkRecord, EngineIdentity, Measurement, PairedComparison
+from ptq.records.benchmark import BenchmarkRecord, Measurement
+from ptq.records.evaluation import PairedComparison
+from ptq.records.graph import EngineIdentity
 
 FAST = {("fp32", 1): 8.0, ("int8", 1): 2.0, ("fp32", 32): 200.0, ("int8", 32): 50.0}
 

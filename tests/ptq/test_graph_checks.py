@@ -12,7 +12,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ptq.errors import ExportError
 from ptq.graph_checks import CHECKS, FILE_CHECKS, PROTOBUF_LIMIT_BYTES, check_graph
-from ptq.records import GraphChecks
+from ptq.records.graph import GraphChecks
 from ptq.terminal import table_of_checks
 
 METADATA = {"ptq.checkpoint_sha256": "0" * 64, "ptq.method": "max", "ptq.trial": "0", "ptq.dialect": "tensorrt"}

@@ -7,7 +7,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from ptq.errors import ExportError
 from ptq.graph_checks import check_graph
-from ptq.records import GraphChecks
+from ptq.records.graph import GraphChecks
 from tests.ptq.test_graph_checks import sound_graph
 
 

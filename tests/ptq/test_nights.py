@@ -8,17 +8,12 @@ import pytest
 
 from ptq.errors import UsageError
 from ptq.nights import Night, NightFindings, NightLatency, night_of_run, note_night, read_nights
-from ptq.records import (
-    ArtifactRef,
-    BenchmarkRecord,
-    EngineIdentity,
-    Measurement,
-    PreparedImages,
-    RunResult,
-    to_jsonable,
-)
-from ptq.store import StageEntry
-from ptq.verdict import (
+from ptq.records.base import ArtifactRef, to_jsonable
+from ptq.records.benchmark import BenchmarkRecord, Measurement
+from ptq.records.data import PreparedImages
+from ptq.records.decision import RunResult
+from ptq.records.graph import EngineIdentity
+from ptq.records.verdict import (
     Verdict,
     VerdictBaseline,
     VerdictBest,
@@ -30,6 +25,7 @@ from ptq.verdict import (
     VerdictLatency,
     VerdictMeasurement,
 )
+from ptq.store import StageEntry
 
 FOUND = NightFindings(
     version="62c0b78d59277ce1", is_new=True, fp32_top1_percent=98.0, top1_percent=97.5, drop_pp=0.5,

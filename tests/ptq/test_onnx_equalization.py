@@ -10,10 +10,11 @@ from test_onnx_placement import Fire, Gate, ZeroPadded, prepared
 from test_onnx_source import run
 from torch import nn
 
+from ptq.dialect import observed_names
 from ptq.engines import open_activation_readers
-from ptq.equalization import channel_ranges, equalize_
+from ptq.equalization import equalize_
 from ptq.models import create_model, fold_model
-from ptq.observation import observed_names
+from ptq.numerics.channel_factors import channel_ranges
 from ptq.onnx_canonical import read_graph
 from ptq.onnx_names import layers_of
 from ptq.onnx_placement import layer_name

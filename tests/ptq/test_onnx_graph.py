@@ -8,9 +8,9 @@ import torch
 from networks import Untraceable, small_resnet
 from onnx import numpy_helper
 
+from ptq.dialect import amax_bound, observed_names
 from ptq.errors import ExportError
 from ptq.fake_quant import (
-    amax_bound,
     enabled_quantizers,
     exportable_fake_quant,
     fake_quant_from_folded,
@@ -18,7 +18,7 @@ from ptq.fake_quant import (
     weight_amax,
 )
 from ptq.models import fold_model
-from ptq.observation import observed_from_folded, observed_names
+from ptq.observation import observed_from_folded
 from ptq.onnx_graph import (
     HalfPrecision,
     export_onnx,

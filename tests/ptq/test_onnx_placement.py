@@ -232,8 +232,9 @@ def test_torchvisions_networks_have_the_quantizers_of_the_pytorch_way(tmp_path, 
 
 
 def test_an_observed_tensor_has_the_values_of_the_pytorch_way(tmp_path):
+    from ptq.dialect import observed_names
     from ptq.engines import open_activation_readers
-    from ptq.observation import observed_from_folded, observed_names
+    from ptq.observation import observed_from_folded
 
     model = networks.small_resnet()
     found = prepared(exported(model, tmp_path / "m.onnx"), tmp_path, shape=(3, 24, 24))

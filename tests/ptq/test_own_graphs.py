@@ -4,21 +4,22 @@ import pytest
 import torch
 from networks import Untraceable, small_resnet
 
+from ptq.dialect import observed_names
 from ptq.fake_quant import fake_quant_from_folded, weight_amax
 from ptq.graph_checks import check_graph
 from ptq.models import create_model, fold_model
-from ptq.observation import observed_from_folded, observed_names
+from ptq.observation import observed_from_folded
 from ptq.onnx_graph import export_qdq_template, write_candidate
 from ptq.placement import place_quantizers
-from tests.ptq.networks import PLACEMENT
+from tests.support.networks import PLACEMENT
 
 METADATA = {"checkpoint_sha256": "0" * 64, "method": "max", "trial": "0"}
 # One small network of each kind of block, and the pixels of a side.
 NETWORKS = {
     "mobilenet_v2": 32, "mobilenet_v3_small": 32, "squeezenet1_1": 48, "regnet_y_400mf": 32, "mnasnet0_5": 32,
-    "benchmarks.networks:cifar_resnet20": 32, "tests.ptq.networks:small_vision_transformer": 32,
-    "tests.ptq.networks:small_swin": 32, "tests.ptq.networks:small_convnext": 32,
-    "tests.ptq.networks:small_densenet": 32,
+    "benchmarks.networks:cifar_resnet20": 32, "tests.support.networks:small_vision_transformer": 32,
+    "tests.support.networks:small_swin": 32, "tests.support.networks:small_convnext": 32,
+    "tests.support.networks:small_densenet": 32,
 }  # fmt: skip
 
 

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from ptq.metrics import paired_comparison
-from ptq.records import GateDecision, ServedLatency, ServedModel
+from ptq.numerics.paired_test import paired_comparison
+from ptq.records.benchmark import ServedLatency
+from ptq.records.decision import GateDecision, ServedModel
 from ptq.regression import amax_drift, compare, drift_factor, held_against, incomparable
 
 ACCEPTED = GateDecision(True, ("The gate held.",))

@@ -9,35 +9,24 @@ import pytest
 from PIL import Image
 
 from ptq.charts import box_plot_png
-from ptq.metrics import class_metrics
-from ptq.records import (
-    ArtifactRef,
-    BenchmarkRecord,
-    CalibrationDraws,
-    DataRecord,
-    EngineIdentity,
-    EngineRecord,
+from ptq.numerics.metrics import class_metrics
+from ptq.records.base import ArtifactRef
+from ptq.records.benchmark import BenchmarkRecord, Measurement
+from ptq.records.calibration import CalibrationDraws, LayerLength, TrialLength
+from ptq.records.data import DataRecord, PreparedImages, SplitCount
+from ptq.records.evaluation import (
     EvaluationRecord,
     FlippedImage,
-    GraphChecks,
-    GraphFinding,
-    Int8Share,
-    LayerLength,
-    Measurement,
     MethodSpread,
-    ModelRecord,
     PairedComparison,
-    PlacementPlan,
-    PreparedImages,
-    QuantizerSpec,
     Selection,
-    SplitCount,
     SplitMetrics,
-    TrialLength,
 )
+from ptq.records.graph import EngineIdentity, EngineRecord, GraphChecks, GraphFinding, Int8Share
+from ptq.records.plan import ModelRecord, PlacementPlan, QuantizerSpec
+from ptq.records.verdict import Verdict
 from ptq.report import (
     ReportInputs,
-    Table,
     benchmark_table,
     boxplot_png,
     html_report,
@@ -46,7 +35,7 @@ from ptq.report import (
     terminal_tables,
     verdict_sentence,
 )
-from ptq.verdict import Verdict
+from ptq.tables import Table
 
 # 624 images: FP32 is right on 530 (84.94 %), the chosen candidate on 529 (84.78 %).
 FP32_CONFUSION = ((150, 84), (10, 380))

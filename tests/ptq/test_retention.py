@@ -8,7 +8,7 @@ import s3_servers
 from botocore.exceptions import ClientError
 
 from ptq.errors import ArtifactError, UsageError
-from ptq.records import to_jsonable
+from ptq.records.base import to_jsonable
 from ptq.retention import DAY_S, collect_garbage, existing_store, read_history, restore_version
 from ptq.store import StageEntry, Store, open_store
 

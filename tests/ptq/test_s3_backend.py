@@ -13,7 +13,7 @@ from fault_proxy import FaultProxy
 from ptq import s3_backend
 from ptq.errors import ArtifactError, UsageError
 from ptq.object_cache import ObjectCache
-from ptq.records import ArtifactRef
+from ptq.records.base import ArtifactRef
 from ptq.s3_objects import RemoteObjects
 from ptq.store import Store, open_store
 
@@ -216,7 +216,8 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(s3_server, s3_uri, tmp_path)
     ref = open_store(s3_uri).put_bytes(DATA, "a")
     script = (
         "import resource, signal, sys\n"
-        "from ptq.errors import ArtifactError\nfrom ptq.records import ArtifactRef\nfrom ptq.store import open_store\n"
+        "from ptq.errors import ArtifactError\nfrom ptq.records.base import ArtifactRef\n"
+        "from ptq.store import open_store\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "try:\n    open_store(sys.argv[1]).get_path(ArtifactRef('a', sys.argv[2], 300_000))\n"

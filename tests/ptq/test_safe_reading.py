@@ -12,7 +12,7 @@ from ptq.models import read_state_dict
 
 ROOT = Path(__file__).resolve().parents[2]
 # What Dask's scheduler and workers send each other they pickle; it is neither kept nor read from anywhere else.
-EXEMPT = {ROOT / "tasks" / "dask_stages.py"}
+EXEMPT = {ROOT / "tasks" / "runtime" / "dask_runner.py"}
 FILES = [
     path for layer in ("ptq", "tasks", "flows") for path in sorted((ROOT / layer).rglob("*.py")) if path not in EXEMPT
 ]

@@ -2,16 +2,11 @@ import numpy as np
 import polars as pl
 import pytest
 
-from ptq.metrics import predictions_table, sampling_std_pp
-from ptq.records import (
-    AmaxRecord,
-    ArtifactRef,
-    EvaluationRecord,
-    FlippedImage,
-    MethodSpread,
-    PairedComparison,
-    SplitMetrics,
-)
+from ptq.numerics.metrics import predictions_table
+from ptq.numerics.paired_test import sampling_std_pp
+from ptq.records.base import ArtifactRef
+from ptq.records.calibration import AmaxRecord
+from ptq.records.evaluation import EvaluationRecord, FlippedImage, MethodSpread, PairedComparison, SplitMetrics
 from ptq.selection import ComparedImages, compared_images, method_spreads, rank_candidates, select, spread_sentence
 
 BLOB = ArtifactRef(name="blob", sha256="0" * 64, size_bytes=1)

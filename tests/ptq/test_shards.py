@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ptq.collection import collect_statistics
-from ptq.histogram import bytes_from_trials
+from ptq.numerics.histogram import bytes_from_trials
 from ptq.shards import bytes_from_shard, draws_of_shard, merge_shards, shard_from_bytes
 
 GENERATOR = np.random.default_rng(0)

@@ -11,8 +11,9 @@ import pytest
 
 from ptq import backends
 from ptq.errors import ArtifactError, UsageError
-from ptq.records import ArtifactRef, to_jsonable
-from ptq.store import StageEntry, artifact_refs, open_store, stage_key, write_file
+from ptq.files import write_file
+from ptq.records.base import ArtifactRef, to_jsonable
+from ptq.store import StageEntry, artifact_refs, open_store, stage_key
 
 
 def object_name(ref):

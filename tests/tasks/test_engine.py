@@ -2,9 +2,9 @@ import pytest
 from prefect.logging import disable_run_logger
 
 from ptq.engines.interface import BuiltEngine
-from ptq.records import EngineIdentity, LayerReport
+from ptq.records.graph import EngineIdentity, LayerReport
 from ptq.store import open_store
-from tasks import engine as module
+from tasks import engine
 from tasks.stage import RunContext
 
 IDENTITY = EngineIdentity(name="tensorrt", version="10.16.1", device="a GPU", threads=0)
@@ -29,14 +29,14 @@ def opened(monkeypatch):
         caches.append(timing_cache)
         return CachingEngine(timing_cache)
 
-    monkeypatch.setattr(module, "open_engine", open_it)
+    monkeypatch.setattr(engine, "open_engine", open_it)
     return caches
 
 
 def build(store, batch_size, identity=IDENTITY):
     graph = open_store(str(store)).put_bytes(b"graph", "model.onnx")
     with disable_run_logger():
-        return module.build_engine.fn(
+        return engine.build_engine.fn(
             graph, "int8", batch_size, threads=0, float_remainder="fp32", identity=identity,
             run=RunContext(store_uri=str(store), run_id="run-1"),
         )  # fmt: skip

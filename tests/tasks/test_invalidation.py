@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from flows.quantize_model import quantize_model
-from ptq import source_digests
+from ptq import provenance, source_digests
 from ptq.config import PtqConfig
 from ptq.source_digests import NOT_COUNTED, SourceTree
 from ptq.store import open_store
@@ -69,8 +69,8 @@ def test_there_are_stages_to_look_at():
 @pytest.mark.parametrize(
     ("file", "function", "expected"),
     [
-        ("ptq/amax.py", "entropy_bin", ON_METHODS),
-        ("ptq/amax.py", "amax_from_weight", FAKE_QUANTIZED),
+        ("ptq/numerics/amax.py", "entropy_bin", ON_METHODS),
+        ("ptq/numerics/amax.py", "amax_from_weight", FAKE_QUANTIZED),
         ("ptq/datasets.py", "draw_trials", {"draw_calibration_images"}),
         ("ptq/datasets.py", "decode_rows", {"draw_calibration_images", "prepare_split"}),
         ("ptq/datasets.py", "index_images", {"index_images"}),
@@ -79,10 +79,10 @@ def test_there_are_stages_to_look_at():
         }),
         ("ptq/graph_checks.py", "check_graph", {"validate_graph"}),
         ("ptq/gate.py", "decide", {"decide"}),
-        ("ptq/metrics.py", "mcnemar_p", {"select_candidate", "compare_with_served"}),
+        ("ptq/numerics/metrics.py", "mcnemar_p", {"select_candidate", "compare_with_served"}),
         ("ptq/regression.py", "compare", {"compare_with_served"}),
         ("ptq/machine_lock.py", "shared_machine", set()),
-        ("ptq/metrics.py", "split_metrics", EVALUATIONS),
+        ("ptq/numerics/metrics.py", "split_metrics", EVALUATIONS),
         ("ptq/engines/openvino.py", "OpenVinoEngine.build", ON_ENGINE),
         ("ptq/engines/openvino.py", "open_activation_readers", ON_READERS),
         ("ptq/engines/tensorrt.py", "TensorRtEngine.build", ON_ENGINE),
@@ -103,12 +103,12 @@ def test_a_line_of_code_changes_the_stages_that_reach_it(tmp_path, before, file,
 
 @pytest.mark.parametrize("line", ["# a comment", "\n\n"])
 def test_comments_and_blank_lines_change_no_stage(tmp_path, before, line):
-    edited(copied(tmp_path) / "ptq/amax.py", "entropy_bin", line)
+    edited(copied(tmp_path) / "ptq/numerics/amax.py", "entropy_bin", line)
     assert digests(tmp_path) == before
 
 
 def test_a_docstring_changes_no_stage(tmp_path, before):
-    file = copied(tmp_path) / "ptq/amax.py"
+    file = copied(tmp_path) / "ptq/numerics/amax.py"
     source = file.read_text()
     docstring = ast.get_docstring(next(n for n in ast.parse(source).body if getattr(n, "name", "") == "mse_bin"), False)
     file.write_text(source.replace(docstring, "Another sentence."))
@@ -317,9 +317,9 @@ def test_the_same_checkpoint_elsewhere_repeats_nothing(base, tmp_path):
     ],
 )
 def test_another_version_of_a_library_repeats_the_stages_that_name_it(base, monkeypatch, library, expected):
-    known = source_digests._version
+    known = provenance._version
     monkeypatch.setattr(source_digests, "_version", lambda name: "0.0" if name == library else known(name))
-    source_digests.library_versions.cache_clear()
+    provenance.library_versions.cache_clear()
     found = computed(base)
-    source_digests.library_versions.cache_clear()
+    provenance.library_versions.cache_clear()
     assert found == expected

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 
 from ptq.errors import ArtifactError, CalibrationError
-from ptq.records import ArtifactRef
+from ptq.records.base import ArtifactRef
 from ptq.store import open_store
 from tasks.retries import is_transient
 from tasks.stage import RunContext, stage

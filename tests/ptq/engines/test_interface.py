@@ -4,7 +4,7 @@ import pytest
 from ptq.engines import open_engine, tensorrt
 from ptq.engines.interface import int8_share, pad_batch, require_batch_size, require_classifier, time_calls
 from ptq.errors import EngineBuildError, UsageError
-from ptq.records import LayerReport
+from ptq.records.graph import LayerReport
 
 needs_no_gpu = pytest.mark.skipif(tensorrt.find_problem() == "", reason="TensorRT is usable on this machine")
 

@@ -11,8 +11,8 @@ from onnx import TensorProto
 
 from ptq.engines.tensorrt import TensorRtEngine
 from ptq.errors import EngineBuildError
-from tests.ptq.engines.recorded_tensorrt import GENERATIONS, CpuTorch, Recorded, Release
 from tests.ptq.engines.test_tensorrt import save_classifier
+from tests.support.recorded_tensorrt import GENERATIONS, CpuTorch, Recorded, Release
 
 IMAGES = np.random.default_rng(2).normal(size=(3, 3, 16, 16)).astype(np.float32)
 STRONG = GENERATIONS[1:]

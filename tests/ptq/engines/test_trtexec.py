@@ -4,8 +4,8 @@ import pytest
 
 from ptq.engines.trtexec import command_line, cross_checks, disagreements, parse_output
 from ptq.errors import EngineBuildError
-from ptq.latency import summarize
-from ptq.records import CrossCheck
+from ptq.numerics.latency import summarize
+from ptq.records.benchmark import CrossCheck
 
 # In the format that the program's own sources print; the numbers are made up.
 PRINTED = """\

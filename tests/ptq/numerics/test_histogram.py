@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptq.errors import CalibrationError
-from ptq.histogram import (
+from ptq.numerics.histogram import (
     MIN_EXPONENT,
     Histograms,
     bytes_from_trials,

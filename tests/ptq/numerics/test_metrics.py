@@ -10,31 +10,21 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from ptq.errors import EngineBuildError
-from ptq.metrics import (
+from ptq.numerics.metrics import (
     class_metrics,
     combined_predictions,
     cosine_per_image,
     cross_entropy_per_image,
-    mcnemar_p,
-    paired_comparison,
-    paired_interval_pp,
     parquet_from_tables,
     predictions_table,
-    sampling_std_pp,
     split_metrics,
     sqnr_db,
     tables_from_parquet,
     top1_predictions,
 )
-from ptq.records import (
-    ArtifactRef,
-    EvaluationRecord,
-    PairedComparison,
-    SplitMetrics,
-    digest,
-    record_from_json,
-    to_jsonable,
-)
+from ptq.numerics.paired_test import mcnemar_p, paired_comparison, paired_interval_pp, sampling_std_pp
+from ptq.records.base import ArtifactRef, digest, record_from_json, to_jsonable
+from ptq.records.evaluation import EvaluationRecord, PairedComparison, SplitMetrics
 
 # Predictions 0, 1, 1, 0 against the labels 0, 1, 0, 0; class 2 has no image and is never predicted.
 LOGITS = np.array([[3.0, 1.0, 0.0], [0.0, 2.0, 1.0], [1.0, 2.0, 0.0], [1.0, 0.0, 0.5]], dtype=np.float32)

@@ -4,7 +4,7 @@ The part of equalization that does not know how a network is written down: chann
 graph says which of them are one, which are tied and which are fixed. Sources are named in `equalization`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -76,3 +76,21 @@ class ChannelIds:
         for ids in self._fixed:
             wanted[group_of[ids]] = 1.0
         return np.exp2(np.rint(np.log2(wanted)))[group_of]
+
+
+def channel_ranges(
+    tensors: Sequence[Float[np.ndarray, "1 ..."]], *, axes: Sequence[int | None]
+) -> list[Float[np.ndarray, " channels"]]:
+    """Returns max |x| of every channel of one image's tensors, float32; empty where the axis is None.
+
+    >>> [found.tolist() for found in channel_ranges([np.array([[[1.0, -3.0], [0.5, 0.0]]])], axes=[1])]
+    [[3.0, 0.5]]
+    """
+    found = []
+    for tensor, axis in zip(tensors, axes, strict=True):
+        if axis is None:
+            found.append(np.zeros(0, dtype=np.float32))
+            continue
+        rows = np.moveaxis(tensor, axis, 0).reshape(tensor.shape[axis], -1)
+        found.append(np.maximum(rows.max(axis=1), -rows.min(axis=1)))
+    return found

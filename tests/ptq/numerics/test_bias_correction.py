@@ -6,18 +6,12 @@ from hypothesis import strategies as st
 from networks import small_resnet
 from torch import nn
 
-from ptq.bias_correction import (
-    RESOLUTION,
-    bias_shift,
-    channel_sums_of,
-    empty_channel_sums,
-    merge_channel_sums,
-)
 from ptq.calibration import channel_axes, corrected_biases, means_by_name
 from ptq.collection import TrialStatistics
 from ptq.config import QuantizationConfig
 from ptq.engines import open_activation_readers
-from ptq.histogram import empty_histograms
+from ptq.numerics.bias_correction import RESOLUTION, bias_shift, channel_sums_of, empty_channel_sums, merge_channel_sums
+from ptq.numerics.histogram import empty_histograms
 from ptq.onnx_graph import read_layers
 from ptq.preparation import prepare_model, write_template
 

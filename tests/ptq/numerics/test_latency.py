@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from ptq.latency import (
+from ptq.numerics.latency import (
     coefficient_of_variation,
     end_to_end,
     latency_warnings,
@@ -12,7 +12,7 @@ from ptq.latency import (
     summarize,
     transfer_warnings,
 )
-from ptq.records import Int8Share
+from ptq.records.graph import Int8Share
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,9 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from ptq.bias_correction import RESOLUTION, ChannelSums, empty_channel_sums
 from ptq.errors import CalibrationError
-from ptq.histogram import INFINITY_BITS, MIN_EXPONENT, Histograms, empty_histograms, largest_bits
+from ptq.numerics.bias_correction import RESOLUTION, ChannelSums, empty_channel_sums
+from ptq.numerics.histogram import INFINITY_BITS, MIN_EXPONENT, Histograms, empty_histograms, largest_bits
 
 _MAGNITUDE = 0x7FFFFFFF
 _LANES = 16

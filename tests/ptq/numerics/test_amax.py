@@ -6,10 +6,10 @@ from hypothesis import strategies as st
 from pytorch_quantization.calib import histogram as reference
 from pytorch_quantization.tensor_quant import fake_tensor_quant
 
-from ptq.amax import amax_from_histograms, amax_from_weight, entropy_bin, mse_bin, percentile_bins
 from ptq.config import METHODS, LabelledMethod
 from ptq.errors import CalibrationError
-from ptq.histogram import empty_histograms, histograms_of
+from ptq.numerics.amax import amax_from_histograms, amax_from_weight, entropy_bin, mse_bin, percentile_bins
+from ptq.numerics.histogram import empty_histograms, histograms_of
 
 INT8, UINT8 = np.array([127]), np.array([255])
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptq.accumulation import Accumulators
-from ptq.bias_correction import RESOLUTION, channel_sums_of
 from ptq.errors import CalibrationError
-from ptq.histogram import MIN_EXPONENT, empty_histograms, histograms_of, merge
+from ptq.numerics.bias_correction import RESOLUTION, channel_sums_of
+from ptq.numerics.histogram import MIN_EXPONENT, empty_histograms, histograms_of, merge
+from ptq.numerics.histogram_kernel import Accumulators
 
 BINS = 64
 VALUES = st.lists(
@@ -151,8 +151,8 @@ def test_names_and_axes_must_match():
 
 PROGRAM = """
 import numpy as np
-from ptq.accumulation import Accumulators
-from ptq.histogram import histograms_of
+from ptq.numerics.histogram_kernel import Accumulators
+from ptq.numerics.histogram import histograms_of
 image = np.maximum(np.random.default_rng(0).standard_normal((1, 10_007)), 0).astype(np.float32)
 found = Accumulators(trials=1, names=["relu"], channel_axes=[None], bins=4096)
 found.add_tensor_(0, image, trials=[0], image="a.png")

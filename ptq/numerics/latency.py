@@ -12,7 +12,8 @@ from typing import TypeVar
 import numpy as np
 
 from ptq.config import Precision
-from ptq.records import EndToEnd, Int8Share, Measurement
+from ptq.records.benchmark import EndToEnd, Measurement
+from ptq.records.graph import Int8Share
 
 Key = TypeVar("Key", bound=Hashable)
 TimedCalls = Callable[[float, float, int], tuple[list[float], float]]

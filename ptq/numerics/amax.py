@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 
 from ptq.config import LabelledMethod, WeightMethod
 from ptq.errors import CalibrationError
-from ptq.histogram import Histograms
+from ptq.numerics.histogram import Histograms
 
 # The reference's `start_bin`: thresholds below it would leave fewer bins than there are integers.
 START_BIN = 128

@@ -1,0 +1,1 @@
+"""Which numbers follow from which arrays? NumPy, SciPy and Numba alone."""

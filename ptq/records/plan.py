@@ -1,0 +1,84 @@
+"""Where do a model's quantizers go, and what was made of its network?"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ptq.records.base import ArtifactRef
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizerSpec:
+    """One quantizer of the model.
+
+    `name` is unique; for an activation it is the tensor it quantizes, for a weight its layer. `observed` is
+    the tensor whose distribution decides amax: behind a pool that commutes with the quantizer, else the
+    quantized tensor itself. `axis` is the axis kept, None for per tensor. `never_negative` is proved from
+    the graph. `readers` are the nodes that read the quantized value; `tensors` the tensors it is put on, more
+    than one where the operands of a concat share one scale.
+    """
+
+    name: str
+    kind: Literal["activation", "weight"]
+    observed: str
+    axis: int | None
+    never_negative: bool
+    readers: tuple[str, ...]
+    tensors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInput:
+    """Which activation quantizer's tensor a quantized layer reads, and the tensor's channel axis."""
+
+    layer: str
+    quantizer: str
+    channel_axis: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementPlan:
+    """Where quantizers go, and what stays in float and why.
+
+    `float_operators` are the ONNX operators that were left in float by choice wherever they would be quantized.
+    """
+
+    quantizers: tuple[QuantizerSpec, ...]
+    quantized_layers: tuple[str, ...]
+    float_layers: tuple[str, ...]
+    residual_adds: int
+    quantized_residual_adds: int
+    traced: bool
+    warnings: tuple[str, ...]
+    layer_inputs: tuple[LayerInput, ...] = ()
+    float_operators: tuple[str, ...] = ()
+
+    @property
+    def activations(self) -> tuple[QuantizerSpec, ...]:
+        """The activation quantizers, in the order of the graph."""
+        return tuple(spec for spec in self.quantizers if spec.kind == "activation")
+
+    @property
+    def weights(self) -> tuple[QuantizerSpec, ...]:
+        """The weight quantizers, in the order of the graph."""
+        return tuple(spec for spec in self.quantizers if spec.kind == "weight")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRecord:
+    """A loaded checkpoint: the BatchNorm-folded network as FP32 ONNX and as weights, and its placement plan.
+
+    `observed_onnx` is the FP32 graph with every observed tensor as an output. `source` is what was given: weights of a
+    PyTorch network, or an ONNX file, whose `weights` are the FP32 graph in canonical form.
+    """
+
+    name: str
+    checkpoint_sha256: str
+    weights: ArtifactRef
+    fp32_onnx: ArtifactRef
+    observed_onnx: ArtifactRef
+    plan: ArtifactRef
+    input_shape: tuple[int, int, int]
+    num_classes: int
+    class_names: tuple[str, ...]
+    warnings: tuple[str, ...]
+    source: Literal["torch", "onnx"] = "torch"
