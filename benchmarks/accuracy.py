@@ -127,7 +127,7 @@ def main() -> None:
 
 def calibration_inputs(subject: Subject) -> np.ndarray:
     """Returns the images of the last draw as the network reads them."""
-    from ptq.images import network_input
+    from ptq.data.images import network_input
 
     pixels = np.load(subject.directory / "pixels.npy")
     return network_input(pixels, mean=subject.preprocessing.mean, std=subject.preprocessing.std)

@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.subject import Subject, arguments, temporary_subject, write_result
-from ptq import datasets
 from ptq.calibration import statistics_from_files
+from ptq.data import decoding
+from ptq.data import index as index_module
 from ptq.preparation import plan_from_file
 
 COUNTS = (64, 512, 2048)
@@ -26,8 +27,8 @@ COUNTS = (64, 512, 2048)
 
 def write_pixels(subject: Subject, count: int) -> int:
     """Writes the pixels of `count` images, repeated if there are fewer, and returns how many differ."""
-    rows = datasets.rows_of_split_table(subject.index.table, "train")[:count]
-    pixels = datasets.decode_rows(rows, root=str(subject.index.root), preprocessing=subject.preprocessing)
+    rows = index_module.rows_of_split_table(subject.index.table, "train")[:count]
+    pixels = decoding.decode_rows(rows, root=str(subject.index.root), preprocessing=subject.preprocessing)
     np.save(subject.directory / "pixels.npy", np.resize(pixels, (count, *pixels.shape[1:])))
     names = [[str(index), ""] for index in range(count)]
     (subject.directory / "files.json").write_text(json.dumps(names))

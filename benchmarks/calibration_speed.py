@@ -35,9 +35,9 @@ from benchmarks.subject import Subject, arguments, temporary_subject, write_resu
 from ptq.calibration import channel_axes
 from ptq.collection import TrialStatistics, collect_statistics
 from ptq.config import METHODS
+from ptq.data.images import network_input
 from ptq.dialect import observed_names
 from ptq.engines import open_activation_readers
-from ptq.images import network_input
 from ptq.observation import observed_from_folded
 from ptq.preparation import folded_from_state
 

@@ -29,7 +29,7 @@ import json, sys, time
 from pathlib import Path
 from flows.quantize_model import quantize_model
 from ptq.config import PtqConfig
-from ptq.store import open_store
+from ptq.storage.store import open_store
 config = PtqConfig.model_validate_json(sys.argv[1])
 started = time.monotonic()
 result = quantize_model(config)

@@ -24,16 +24,17 @@ import torch
 from benchmarks.family_networks import FAMILIES, MEAN, STD, image_side, random_pixels, realistic_network
 from benchmarks.parity import one_at_a_time
 from benchmarks.subject import write_result
-from ptq import datasets
 from ptq.benchmarking import machine_description
 from ptq.calibration import amax_table, statistics_from_files
 from ptq.config import Dialect, PreprocessingConfig, QuantizationConfig
+from ptq.data import decoding, sampling
+from ptq.data import index as index_module
+from ptq.data.images import network_input
 from ptq.engines import int8_share, open_engine
 from ptq.engines.interface import Engine, Runner
 from ptq.fake_quant import exportable_fake_quant, fake_quant_from_folded, weight_amax
 from ptq.files import npy_from_array
 from ptq.graph_checks import check_graph
-from ptq.images import network_input
 from ptq.numerics.latency import TimedCalls, interleave, summarize
 from ptq.numerics.metrics import cosine_per_image, sqnr_db
 from ptq.onnx_graph import summarize_onnx, write_candidate
@@ -62,13 +63,13 @@ class Network:
         count = self.options.calibration_images
         if not self.options.data:
             return random_pixels(count, side=self.side, seed=2)
-        index = datasets.index_images(
+        index = index_module.index_images(
             self.options.data, calibration_split="train", selection_split="val", test_split="test"
         )
-        rows = datasets.rows_of_split_table(index.table, self.options.split)
-        drawn = datasets.draw_stratified(np.array([row.label for row in rows]), images=count, seed=0)
+        rows = index_module.rows_of_split_table(index.table, self.options.split)
+        drawn = sampling.draw_stratified(np.array([row.label for row in rows]), images=count, seed=0)
         preprocessing = PreprocessingConfig(resize=self.side, crop=self.side, mean=MEAN, std=STD)
-        return datasets.decode_rows([rows[i] for i in drawn], root=str(index.root), preprocessing=preprocessing)
+        return decoding.decode_rows([rows[i] for i in drawn], root=str(index.root), preprocessing=preprocessing)
 
     def prepare(self, quantization: QuantizationConfig) -> PreparedModel:
         """Writes the FP32 graph and the placement plan of the network with random weights."""

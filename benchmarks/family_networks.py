@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ptq.images import network_input
+from ptq.data.images import network_input
 from ptq.models import create_model
 
 FAMILIES = {

@@ -19,9 +19,9 @@ from benchmarks.subject import Subject, arguments, temporary_subject, write_resu
 from ptq.calibration import channel_axes
 from ptq.collection import Reader, TrialStatistics, collect_statistics, merge_statistics
 from ptq.config import METHODS
+from ptq.data.images import network_input
 from ptq.dialect import observed_names
 from ptq.engines import open_activation_readers
-from ptq.images import network_input
 from ptq.numerics.amax import entropy_bin, mse_bin
 from ptq.records.plan import PlacementPlan
 

@@ -26,7 +26,7 @@ import json, sys, time
 started = time.time()
 from flows.quantize_model import quantize_model
 from ptq.config import PtqConfig
-from ptq.store import open_store
+from ptq.storage.store import open_store
 config = PtqConfig.model_validate_json(sys.argv[1])
 state = quantize_model(config, return_state=True)
 result = state.result()

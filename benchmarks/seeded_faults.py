@@ -23,9 +23,9 @@ from benchmarks.family_networks import MEAN, STD, random_pixels, realistic_netwo
 from benchmarks.faults import FAULTS, Fault, Subject
 from benchmarks.subject import write_result
 from ptq.config import Dialect, QuantizationConfig
+from ptq.data.images import network_input
 from ptq.engines.openvino import open_activation_readers
 from ptq.graph_checks import CHECKS, check_graph
-from ptq.images import network_input
 from ptq.numerics.metrics import cosine_per_image
 from ptq.onnx_graph import write_candidate
 from ptq.preparation import prepare_model, write_template

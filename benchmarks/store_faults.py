@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.subject import write_result
-from ptq import s3_backend
 from ptq.errors import ArtifactError
-from ptq.object_cache import ObjectCache
 from ptq.records.base import ArtifactRef, to_jsonable
-from ptq.store import StageEntry, Store
+from ptq.storage import s3_bucket
+from ptq.storage.cache import ObjectCache
+from ptq.storage.store import StageEntry, Store
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 import s3_servers
@@ -69,11 +69,11 @@ def run_on(kind: str, options: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, s3_servers.SERVERS[kind](Path(folder) / kind) as server:
         os.environ.update(server.environment())
-        s3_backend.MULTIPART_BYTES, s3_backend._PART_BYTES = 2_000_000, 5 * 2**20
+        s3_bucket.MULTIPART_BYTES, s3_bucket._PART_BYTES = 2_000_000, 5 * 2**20
         uri = f"s3://{s3_servers.BUCKET}/{uuid.uuid4().hex}"
         with FaultProxy(server.port, seed=options.seed, share=options.share, kinds=DRAWN) as proxy:
             os.environ["AWS_ENDPOINT_URL_S3"] = proxy.endpoint
-            store = Store(s3_backend.S3Bucket(uri), cache=ObjectCache(Path(folder) / "cache", limit_bytes=2**33))
+            store = Store(s3_bucket.S3Bucket(uri), cache=ObjectCache(Path(folder) / "cache", limit_bytes=2**33))
             tally, kept = Tally(), []
             rng = np.random.default_rng(options.seed)
             refused = False
@@ -134,7 +134,7 @@ def attempt(kind: str, tally: Tally, call: Any) -> Any:
 
 def check_all(uri: str, kept: list[tuple[ArtifactRef, bytes]], tally: Tally, folder: Path) -> None:
     """Reads everything again, without faults and with an empty cache."""
-    store = Store(s3_backend.S3Bucket(uri), cache=ObjectCache(folder / "second", limit_bytes=2**33))
+    store = Store(s3_bucket.S3Bucket(uri), cache=ObjectCache(folder / "second", limit_bytes=2**33))
     for ref, data in kept:
         got = attempt("get_afterwards", tally, lambda ref=ref: store.get_bytes(ref))
         tally.corrupt_accepted += got is not None and got != data

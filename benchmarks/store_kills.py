@@ -25,8 +25,8 @@ from typing import Any
 import yaml
 
 from benchmarks.subject import write_result
-from ptq.demo_data import DEMO, write_digits_folder
-from ptq.store import Store, open_store
+from ptq.data.demo_digits import DEMO, write_digits_folder
+from ptq.storage.store import Store, open_store
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 import s3_servers
@@ -325,7 +325,7 @@ def run_again(subject: Subject, folder: Path, *, place: str) -> dict[str, Any]:
 def counted(path: Path, arguments: list[str]) -> None:
     """Runs one `ptq` command in this process and writes to `path` how many images it decoded and when its flow ran."""
     from flows import cli, quantize_model
-    from ptq import images
+    from ptq.data import images
 
     counts: dict[str, float] = {"decoded": 0}
     plain_open, context, publish_end = images.Image.open, quantize_model.RunContext, quantize_model.write_report

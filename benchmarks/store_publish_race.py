@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.subject import write_result
-from ptq.store import open_store
+from ptq.storage.store import open_store
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 import s3_servers

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.subject import write_result
-from ptq import s3_backend
-from ptq.object_cache import ObjectCache
-from ptq.store import Store
+from ptq.storage import s3_bucket
+from ptq.storage.cache import ObjectCache
+from ptq.storage.store import Store
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 import s3_servers
@@ -49,7 +49,7 @@ def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
         where = Path(folder)
         source = where / "source"
         store = Store(
-            s3_backend.S3Bucket(f"s3://{s3_servers.BUCKET}/store"),
+            s3_bucket.S3Bucket(f"s3://{s3_servers.BUCKET}/store"),
             cache=ObjectCache(where / "cache", limit_bytes=2**40),
         )
         plain = Plain(server.client(), where)

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from ptq import datasets
 from ptq.benchmarking import machine_description
 from ptq.calibration import (
     RANGE_IMAGES,
@@ -26,8 +25,9 @@ from ptq.calibration import (
     statistics_from_files,
 )
 from ptq.config import Dialect, Method, PreprocessingConfig, QuantizationConfig
+from ptq.data import decoding, index, sampling
+from ptq.data.images import network_input
 from ptq.files import npy_from_array
-from ptq.images import network_input
 from ptq.numerics.histogram import Histograms
 from ptq.onnx_graph import write_candidate
 from ptq.preparation import PreparedModel, equalize_model, prepare_model, write_template
@@ -66,7 +66,7 @@ class Subject:
             channels=options.channels, resize=options.resize, crop=options.crop, mean=tuple(options.mean),
             std=tuple(options.std),
         )  # fmt: skip
-        self.index = datasets.index_images(
+        self.index = index.index_images(
             options.data, calibration_split="train", selection_split="val", test_split="test"
         )
         self.shape = (options.channels, options.crop, options.crop)
@@ -108,19 +108,19 @@ class Subject:
 
     def _drawn(self, images: int, *, seed: int) -> tuple[np.ndarray, list[list[str]]]:
         """Pixels, and path and digest, of a stratified draw of calibration images."""
-        rows = datasets.rows_of_split_table(self.index.table, "train")
+        rows = index.rows_of_split_table(self.index.table, "train")
         labels = np.array([row.label for row in rows])
-        chosen = [rows[i] for i in datasets.draw_stratified(labels, images=min(images, len(rows)), seed=seed)]
-        pixels = datasets.decode_rows(chosen, root=str(self.index.root), preprocessing=self.preprocessing)
+        chosen = [rows[i] for i in sampling.draw_stratified(labels, images=min(images, len(rows)), seed=seed)]
+        pixels = decoding.decode_rows(chosen, root=str(self.index.root), preprocessing=self.preprocessing)
         return pixels, [[row.path, row.sha256] for row in chosen]
 
     def images(self, split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the first images of a stratified draw of a split as the network reads them, and their labels."""
-        rows = datasets.rows_of_split_table(self.index.table, split)
+        rows = index.rows_of_split_table(self.index.table, split)
         labels = np.array([row.label for row in rows])
         if count < len(rows):
-            rows = [rows[i] for i in datasets.draw_stratified(labels, images=count, seed=0)]
-        pixels = datasets.decode_rows(rows, root=str(self.index.root), preprocessing=self.preprocessing)
+            rows = [rows[i] for i in sampling.draw_stratified(labels, images=count, seed=0)]
+        pixels = decoding.decode_rows(rows, root=str(self.index.root), preprocessing=self.preprocessing)
         inputs = network_input(pixels, mean=self.preprocessing.mean, std=self.preprocessing.std)
         return inputs, np.array([row.label for row in rows])
 

@@ -35,10 +35,11 @@ import numpy as np
 import torch
 
 from benchmarks.subject import arguments, write_result
-from ptq import datasets
 from ptq.config import METHODS, PreprocessingConfig
+from ptq.data import decoding, sampling
+from ptq.data import index as index_module
+from ptq.data.images import network_input
 from ptq.fake_quant import exportable_fake_quant
-from ptq.images import network_input
 from ptq.models import create_model, head_size, load_weights_, read_state_dict
 from ptq.numerics.amax import entropy_bin
 from ptq.numerics.metrics import split_metrics
@@ -177,14 +178,14 @@ def measure_ours(options: argparse.Namespace, directory: Path) -> dict:
 
 def measure_tutorial(options: argparse.Namespace) -> dict:
     """Returns the stage times of one run of the tutorial's procedure for each measured method, on the first draw."""
-    index = datasets.index_images(
+    index = index_module.index_images(
         options.data, calibration_split="train", selection_split=options.selection_split, test_split="test"
     )
-    rows = datasets.rows_of_split_table(index.table, "train")
+    rows = index_module.rows_of_split_table(index.table, "train")
     labels = np.array([row.label for row in rows])
-    draw = [rows[i] for i in datasets.draw_calibration_indices(labels, images=options.calibration_images, seed=0)]
+    draw = [rows[i] for i in sampling.draw_calibration_indices(labels, images=options.calibration_images, seed=0)]
     splits = dict.fromkeys((options.selection_split, "test"))
-    evaluated = {split: datasets.rows_of_split_table(index.table, split) for split in splits}
+    evaluated = {split: index_module.rows_of_split_table(index.table, split) for split in splits}
     classes = len(index.class_names) if index.has_named_classes else None
     runs = {
         method: run_tutorial(options, method, draw, evaluated, classes, root=str(index.root))
@@ -196,8 +197,8 @@ def measure_tutorial(options: argparse.Namespace) -> dict:
 def run_tutorial(
     options: argparse.Namespace,
     method: str,
-    draw: Sequence[datasets.ImageRow],
-    evaluated: dict[str, Sequence[datasets.ImageRow]],
+    draw: Sequence[index_module.ImageRow],
+    evaluated: dict[str, Sequence[index_module.ImageRow]],
     classes: int | None,
     *,
     root: str,
@@ -246,10 +247,10 @@ def quantized_model(options: argparse.Namespace, method: str, classes: int | Non
     return model.eval()
 
 
-def decoded(options: argparse.Namespace, rows: Sequence[datasets.ImageRow], *, root: str) -> torch.Tensor:
+def decoded(options: argparse.Namespace, rows: Sequence[index_module.ImageRow], *, root: str) -> torch.Tensor:
     """Returns the images of `rows` as the network reads them, decoded with as many threads as ours."""
     preprocessing = preprocessing_of(options)
-    pixels = datasets.decode_rows(rows, root=root, preprocessing=preprocessing)
+    pixels = decoding.decode_rows(rows, root=root, preprocessing=preprocessing)
     return torch.from_numpy(network_input(pixels, mean=preprocessing.mean, std=preprocessing.std))
 
 

@@ -50,7 +50,7 @@ def start(port: Port = 4200) -> None:
         end_marked(FOLDER, patience_s=_PATIENCE_S)
         _fail_if_taken(port)
         # Not at the top: scikit-learn would take stop and status more time than they take.
-        from ptq.demo_data import DEMO, write_digits_folder
+        from ptq.data.demo_digits import DEMO, write_digits_folder
 
         write_digits_folder(ROOT / "demo" / "digits", image_size=DEMO.image_size, seed=0)
         WATCHED.mkdir(exist_ok=True)

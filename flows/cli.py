@@ -368,7 +368,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Run the whole job on 1,797 real handwritten digits: train, quantize, benchmark, gate, publish, report."""
-    from ptq.demo_data import DEMO, write_digits_folder
+    from ptq.data.demo_digits import DEMO, write_digits_folder
 
     images, store = directory / "digits", (directory / "store").absolute().as_uri()
     write_digits_folder(images, image_size=DEMO.image_size, seed=0)
@@ -598,7 +598,7 @@ def _check_server() -> None:
 @app.command()
 def history(model: PublishedModel, store: StoreUri = DEFAULT_STORE, as_json: Json = False) -> None:
     """List the published versions of a model, oldest first, and what made each of them."""
-    from ptq.retention import existing_store, read_history
+    from ptq.storage.registry import existing_store, read_history
     from ptq.terminal import tables_of_history
 
     entries = read_history(existing_store(store), model)
@@ -618,7 +618,7 @@ def restore(
 ) -> None:
     """Publish an earlier version of a model again."""
     from ptq.records.base import to_jsonable
-    from ptq.retention import existing_store, restore_version
+    from ptq.storage.registry import existing_store, restore_version
 
     found = restore_version(existing_store(store), model, version, now=datetime.now(UTC))
     if as_json:
@@ -638,7 +638,8 @@ def gc(
 ) -> None:
     """Remove what no published version and no recent run needs; a dry run unless told to delete."""
     from ptq.records.base import to_jsonable
-    from ptq.retention import collect_garbage, existing_store
+    from ptq.storage.garbage import collect_garbage
+    from ptq.storage.registry import existing_store
     from ptq.terminal import table_of_collection
 
     found = collect_garbage(existing_store(store), keep_days=keep_days, now=time.time(), delete=delete)

@@ -18,10 +18,11 @@ from torch import nn
 from ptq.adaptive import Collect, collect_adaptively, describe_lengths, used_draws
 from ptq.collection import Progress, TrialStatistics, collect_statistics
 from ptq.config import Dialect, LabelledMethod, Method, StoppingRule
+from ptq.data.images import network_input
+from ptq.data.sampling import evenly_spaced
 from ptq.device_statistics import collect_statistics_on_device
 from ptq.dialect import amax_bound, observed_names
 from ptq.engines import open_activation_readers
-from ptq.images import evenly_spaced, network_input
 from ptq.numerics.amax import amax_from_histograms
 from ptq.numerics.bias_correction import bias_shift
 from ptq.numerics.channel_factors import channel_ranges

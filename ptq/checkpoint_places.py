@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Protocol
 
+from ptq.data.remote_inputs import Inputs, is_remote
 from ptq.errors import ArtifactError
 from ptq.files import file_digest
-from ptq.inputs import Inputs, is_remote
-from ptq.store import Store
+from ptq.storage.store import Store
 
 logger = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from ptq.checkpoint_places import Found, place_of
+from ptq.data.remote_inputs import CHECKPOINT_ENDINGS, is_remote
 from ptq.errors import ArtifactError, UsageError
-from ptq.inputs import CHECKPOINT_ENDINGS, is_remote
 from ptq.records.base import digest
-from ptq.store import Store
+from ptq.storage.store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def watched_prefix(prefix: str) -> str:
     """
     if is_remote(prefix):
         # Imported here: boto3 takes half a second, which folders need not wait for.
-        from ptq.s3_objects import split_uri
+        from ptq.storage.s3_reader import split_uri
 
         bucket, key = split_uri(prefix)
         return f"s3://{bucket}/{key}".rstrip("/")

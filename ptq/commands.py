@@ -11,15 +11,16 @@ from typing import Any, cast
 
 import numpy as np
 
-from ptq import datasets
 from ptq.benchmarking import FileMeasurement, measure_files
 from ptq.config import DataConfig, Dialect, Precision
+from ptq.data import decoding
+from ptq.data import index as index_module
+from ptq.data.remote_inputs import checkpoint_file
 from ptq.delivery import check_output_directory
 from ptq.engines import open_engine
 from ptq.errors import ManifestError, UsageError
 from ptq.evaluation import SplitImages, evaluate_graph
 from ptq.graph_checks import check_graph
-from ptq.inputs import checkpoint_file
 from ptq.numerics.metrics import ClassMetrics, class_metrics, tables_from_parquet
 from ptq.onnx_graph import summarize_onnx
 from ptq.preparation import write_float_model
@@ -57,7 +58,7 @@ def evaluate_file(model: str, *, name: str, data: DataConfig, split: str, engine
     """
     preprocessing = data.preprocessing
     opened = open_engine(engine, threads=threads)
-    index = datasets.index_images(data.path, calibration_split=split, selection_split=split, test_split=split)
+    index = index_module.index_images(data.path, calibration_split=split, selection_split=split, test_split=split)
     with checkpoint_file(model) as file, tempfile.TemporaryDirectory() as directory:
         graph = file
         if file.suffix != ".onnx":
@@ -71,8 +72,8 @@ def evaluate_file(model: str, *, name: str, data: DataConfig, split: str, engine
                 f"{model} reads images of shape {summary.input_shape[1:]}, and the preprocessing gives {expected}. "
                 "Set --channels, --resize and --crop to match."
             )
-        rows = datasets.rows_of_split_table(index.table, split)
-        pixels = datasets.decode_rows(rows, root=str(index.root), preprocessing=preprocessing)
+        rows = index_module.rows_of_split_table(index.table, split)
+        pixels = decoding.decode_rows(rows, root=str(index.root), preprocessing=preprocessing)
         images = SplitImages(
             split=split,
             pixels=pixels,

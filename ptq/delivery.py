@@ -53,7 +53,7 @@ from ptq.report import (
     results_table,
     verdict_sentence,
 )
-from ptq.store import Store
+from ptq.storage.store import Store
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,8 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from ptq.collection import Progress, TrialStatistics, trials_by_image
+from ptq.data.images import network_input
 from ptq.errors import CalibrationError
-from ptq.images import network_input
 from ptq.numerics.bias_correction import RESOLUTION, ChannelSums, empty_channel_sums
 from ptq.numerics.histogram import MIN_EXPONENT, Histograms
 

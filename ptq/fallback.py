@@ -18,8 +18,9 @@ from torch import nn
 
 from ptq import gate
 from ptq.config import Dialect, GateConfig, WeightMethod, in_method_order
+from ptq.data.images import network_input
+from ptq.data.sampling import evenly_spaced
 from ptq.fake_quant import fake_quant_from_folded, weight_amax
-from ptq.images import evenly_spaced, network_input
 from ptq.models import FoldedModel, create_model, fold_model, load_weights_
 from ptq.preparation import plan_from_file
 from ptq.qat import FineTuned, fine_tune_

@@ -5,7 +5,7 @@ from ptq.errors import PtqError
 from ptq.onnx_graph import summarize_onnx
 from ptq.records.base import ArtifactRef
 from ptq.records.decision import ServedModel
-from ptq.store import Store
+from ptq.storage.store import Store
 
 
 def served_version(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from ptq.images import network_input
+from ptq.data.images import network_input
 
 Run = Callable[[Iterable[Float[np.ndarray, "n c h w"]]], Iterator[Float[np.ndarray, "n k"]]]
 

@@ -15,7 +15,7 @@ from ptq.records.base import record_from_json, to_jsonable
 from ptq.records.benchmark import BenchmarkRecord
 from ptq.records.decision import RunDecision, RunResult
 from ptq.records.verdict import Verdict
-from ptq.store import Store
+from ptq.storage.store import Store
 
 logger = logging.getLogger(__name__)
 

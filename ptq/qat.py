@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from ptq.data.images import network_input
 from ptq.errors import CalibrationError
 from ptq.fake_quant import exportable_fake_quant
-from ptq.images import network_input
 from ptq.records.plan import PlacementPlan
 from ptq.training import MOMENTUM, Examples, evaluate_classifier, learning_rates
 

@@ -26,12 +26,12 @@ from ptq.provenance import LIBRARIES
 
 # What a result never depends on, and why.
 NOT_COUNTED = {
-    "ptq.store": "moves bytes that are verified by their SHA-256",
-    "ptq.backends": "moves bytes that are verified by their SHA-256",
-    "ptq.s3_backend": "moves bytes that are verified by their SHA-256",
-    "ptq.s3_objects": "moves bytes that are known by their SHA-256",
-    "ptq.inputs": "moves bytes that are known by their SHA-256",
-    "ptq.object_cache": "moves bytes that are verified by their SHA-256",
+    "ptq.storage.store": "moves bytes that are verified by their SHA-256",
+    "ptq.storage.backend": "moves bytes that are verified by their SHA-256",
+    "ptq.storage.s3_bucket": "moves bytes that are verified by their SHA-256",
+    "ptq.storage.s3_reader": "moves bytes that are known by their SHA-256",
+    "ptq.data.remote_inputs": "moves bytes that are known by their SHA-256",
+    "ptq.storage.cache": "moves bytes that are verified by their SHA-256",
     "ptq.source_digests": "is what makes the key",
     "tasks.stage": "decides whether a stage runs, not what it computes",
     "tasks.progress": "tells how far a stage has come",

@@ -12,7 +12,7 @@ from ptq.numerics.metrics import ClassMetrics
 from ptq.records.evaluation import SplitMetrics
 from ptq.records.graph import GraphChecks, GraphFinding
 from ptq.records.verdict import Verdict, VerdictMeasurement, VerdictServed
-from ptq.retention import Collection
+from ptq.storage.garbage import Collection
 from ptq.tables import Table, fixed, interval_text, percent_change, probability
 
 CLASSES_SHOWN = 20

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from safetensors.torch import save as safetensors_bytes
 
+from ptq.data.images import network_input
 from ptq.errors import ManifestError, UsageError
-from ptq.images import network_input
 
 LABEL_SMOOTHING = 0.05
 MOMENTUM = 0.9

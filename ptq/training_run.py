@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ptq.config import TrainingConfig
-from ptq.inputs import Inputs, checkpoint_file, is_remote
+from ptq.data.remote_inputs import Inputs, checkpoint_file, is_remote
 from ptq.models import create_model, factory_digest, load_weights_, read_state_dict
 from ptq.preparation import checkpoint_digest
 from ptq.training import save_checkpoint, train_classifier

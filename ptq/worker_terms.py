@@ -12,7 +12,7 @@ from ptq.errors import PtqError
 from ptq.provenance import library_versions, package_digest
 from ptq.records.base import ArtifactRef
 from ptq.records.graph import EngineIdentity
-from ptq.store import open_store
+from ptq.storage.store import open_store
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from ptq.preparation import plan_from_file
 from ptq.records.base import ArtifactRef
 from ptq.records.calibration import AmaxRecord
 from ptq.records.plan import ModelRecord
-from ptq.store import open_store
+from ptq.storage.store import open_store
 from tasks.stage import RunContext, stage
 
 

@@ -16,7 +16,7 @@ from prefect.types._datetime import now
 
 from ptq.checkpoints import Checkpoint
 from ptq.errors import UsageError
-from ptq.store import ClaimState, Store
+from ptq.storage.store import ClaimState, Store
 from tasks.progress import has_lasting_server
 
 Logger = logging.Logger | logging.LoggerAdapter[logging.Logger]

@@ -9,7 +9,7 @@ from ptq.benchmarking import LoadedEngine, measure_engines
 from ptq.config import BenchmarkConfig
 from ptq.records.benchmark import BenchmarkRecord
 from ptq.records.graph import EngineRecord
-from ptq.store import open_store
+from ptq.storage.store import open_store
 from tasks.stage import RunContext, stage
 
 

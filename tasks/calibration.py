@@ -15,7 +15,7 @@ from ptq.records.base import ArtifactRef
 from ptq.records.calibration import CalibrationDraws, StatisticsRecord
 from ptq.records.plan import ModelRecord, PlacementPlan
 from ptq.shards import bytes_from_shard, draws_of_shard, merge_shards
-from ptq.store import Store, open_store
+from ptq.storage.store import Store, open_store
 from tasks.progress import progress_logger
 from tasks.stage import RunContext, stage
 

@@ -6,14 +6,16 @@ from collections.abc import Sequence
 import numpy as np
 from prefect.logging import get_run_logger
 
-from ptq import datasets
 from ptq.config import Decoding
+from ptq.data import decoding as decoding_module
+from ptq.data import index as index_module
+from ptq.data import sampling
+from ptq.data.remote_inputs import Inputs, is_remote
 from ptq.files import npy_from_array
-from ptq.inputs import Inputs, is_remote
 from ptq.records.base import digest
 from ptq.records.calibration import CalibrationDraws
 from ptq.records.data import DataRecord, PreparedImages
-from ptq.store import Store, open_store
+from ptq.storage.store import Store, open_store
 from tasks.progress import progress_logger
 from tasks.stage import RunContext, stage
 
@@ -21,12 +23,12 @@ from tasks.stage import RunContext, stage
 def _fingerprint(path: str, calibration_split: str, selection_split: str, test_split: str, run: RunContext) -> str:
     """What tells whether the images changed: their listing where they are local, their digests in S3."""
     if not is_remote(path):
-        return datasets.listing_fingerprint(path)
-    index = datasets.index_images(
+        return index_module.listing_fingerprint(path)
+    index = index_module.index_images(
         path, calibration_split=calibration_split, selection_split=selection_split, test_split=test_split,
         progress=progress_logger("Read new images"), inputs=Inputs(open_store(run.store_uri)),
     )  # fmt: skip
-    return datasets.index_fingerprint(index)
+    return index_module.index_fingerprint(index)
 
 
 @stage(returns=DataRecord, timeout_seconds=3600, reads=_fingerprint)
@@ -34,7 +36,7 @@ def index_images(
     path: str, *, calibration_split: str, selection_split: str, test_split: str, run: RunContext
 ) -> DataRecord:
     """Index the images at `path`: label, split and SHA-256 of every file."""
-    index = datasets.index_images(
+    index = index_module.index_images(
         path, calibration_split=calibration_split, selection_split=selection_split, test_split=test_split,
         progress=progress_logger("Indexed images"),
         inputs=Inputs(open_store(run.store_uri)) if is_remote(path) else None,
@@ -42,7 +44,7 @@ def index_images(
     for warning in index.warnings:
         get_run_logger().warning(warning)
     return DataRecord(
-        table=open_store(run.store_uri).put_bytes(datasets.parquet_from_index(index), "images.parquet"),
+        table=open_store(run.store_uri).put_bytes(index_module.parquet_from_index(index), "images.parquet"),
         root=str(index.root),
         class_names=index.class_names,
         has_named_classes=index.has_named_classes,
@@ -54,7 +56,7 @@ def index_images(
 
 def _split_digest(data: DataRecord, split: str, run: RunContext) -> str:
     """The digest of the images of one split; those of another may change without any effect here."""
-    rows = datasets.rows_of_split(open_store(run.store_uri).get_path(data.table), split)
+    rows = index_module.rows_of_split(open_store(run.store_uri).get_path(data.table), split)
     return digest([[row.path, row.label, row.sha256] for row in rows])
 
 
@@ -68,7 +70,7 @@ def _split_digest(data: DataRecord, split: str, run: RunContext) -> str:
 def prepare_split(data: DataRecord, split: str, decoding: Decoding, *, run: RunContext) -> PreparedImages:
     """Decode, resize and crop every image of a split."""
     store = open_store(run.store_uri)
-    rows = datasets.rows_of_split(store.get_path(data.table), split)
+    rows = index_module.rows_of_split(store.get_path(data.table), split)
     return _prepare(store, data, rows, decoding, what=f"Decoded {split} images")
 
 
@@ -88,7 +90,7 @@ def draw_calibration_images(
     """Draw the calibration images of every trial and decode each of them once."""
     store = open_store(run.store_uri)
     table = store.get_path(data.table)
-    drawn = datasets.draw_trials(
+    drawn = sampling.draw_trials(
         table, split=split, evaluated_splits=evaluated_splits, images=images, trials=trials, seed=seed,
         class_names=data.class_names, is_ordered=is_ordered,
     )  # fmt: skip
@@ -99,9 +101,9 @@ def draw_calibration_images(
 
 
 def _prepare(
-    store: Store, data: DataRecord, rows: Sequence[datasets.ImageRow], decoding: Decoding, *, what: str
+    store: Store, data: DataRecord, rows: Sequence[index_module.ImageRow], decoding: Decoding, *, what: str
 ) -> PreparedImages:
-    pixels = datasets.decode_rows(
+    pixels = decoding_module.decode_rows(
         rows, root=data.root, preprocessing=decoding, progress=progress_logger(what),
         inputs=Inputs(store) if is_remote(data.root) else None,
     )  # fmt: skip

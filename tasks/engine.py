@@ -10,7 +10,7 @@ from ptq.config import EngineConfig, Precision
 from ptq.engines import int8_share, open_engine
 from ptq.records.base import ArtifactRef, digest
 from ptq.records.graph import EngineIdentity, EngineRecord
-from ptq.store import open_store
+from ptq.storage.store import open_store
 from tasks.stage import RunContext, stage
 
 

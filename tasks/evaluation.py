@@ -21,7 +21,7 @@ from ptq.records.evaluation import EvaluationRecord, Selection
 from ptq.records.graph import EngineIdentity
 from ptq.records.plan import ModelRecord
 from ptq.selection import compared_images, rank_candidates, select
-from ptq.store import Store, open_store
+from ptq.storage.store import Store, open_store
 from tasks.progress import progress_logger
 from tasks.stage import RunContext, stage
 

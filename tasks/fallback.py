@@ -17,7 +17,7 @@ from ptq.records.base import ArtifactRef
 from ptq.records.calibration import AmaxRecord, CalibrationDraws
 from ptq.records.decision import Attempt, FineTuning, GateDecision, LayerRanking, MethodChoice, RunFindings
 from ptq.records.plan import ModelRecord
-from ptq.store import Store, open_store
+from ptq.storage.store import Store, open_store
 from tasks.progress import progress_logger
 from tasks.stage import RunContext, stage
 

@@ -9,14 +9,14 @@ from prefect.logging import get_run_logger
 
 from ptq.calibration import RANGE_IMAGES, ranges_from_files
 from ptq.config import ModelConfig, Normalization, QuantizationConfig
-from ptq.inputs import Inputs, checkpoint_file, is_remote
+from ptq.data.remote_inputs import Inputs, checkpoint_file, is_remote
 from ptq.models import factory_digest
 from ptq.onnx_preparation import equalize_onnx_model, prepare_onnx_model
 from ptq.onnx_source import source_digest
 from ptq.preparation import equalize_model, model_sources, plan_from_file, prepare_model
 from ptq.records.calibration import CalibrationDraws
 from ptq.records.plan import ModelRecord
-from ptq.store import open_store
+from ptq.storage.store import open_store
 from tasks.stage import RunContext, stage
 
 

@@ -17,7 +17,7 @@ from ptq.files import write_file
 from ptq.history_page import headline, history_html, history_markdown
 from ptq.records.base import digest
 from ptq.records.decision import RunResult
-from ptq.store import open_store
+from ptq.storage.store import open_store
 from tasks.progress import artifact_key
 
 

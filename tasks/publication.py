@@ -17,7 +17,7 @@ from ptq.records.benchmark import BenchmarkRecord
 from ptq.records.decision import GateDecision, Publication, RunDecision, RunFindings, RunResult
 from ptq.records.evaluation import Selection
 from ptq.records.graph import GraphChecks
-from ptq.store import open_store
+from ptq.storage.store import open_store
 from tasks.stage import RunContext, stage
 
 

@@ -22,7 +22,7 @@ from ptq.records.evaluation import EvaluationRecord
 from ptq.records.graph import EngineRecord, GraphRecord
 from ptq.records.plan import ModelRecord
 from ptq.selection import compared_images
-from ptq.store import open_store
+from ptq.storage.store import open_store
 from tasks.stage import RunContext, stage
 
 

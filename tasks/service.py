@@ -20,12 +20,12 @@ from prefect.logging import get_run_logger
 
 from ptq import model_configs
 from ptq.config import PtqConfig
+from ptq.data.remote_inputs import Inputs
 from ptq.errors import UsageError
 from ptq.gate import HEADLINES
-from ptq.inputs import Inputs
 from ptq.records.base import digest
 from ptq.records.decision import RunResult
-from ptq.store import open_store
+from ptq.storage.store import open_store
 from tasks.progress import has_lasting_server
 from tasks.retries import is_transient
 

@@ -23,7 +23,7 @@ from ptq.machine_lock import shared_machine, whole_machine
 from ptq.provenance import library_versions
 from ptq.records.base import record_from_json, to_jsonable
 from ptq.source_digests import code_of_stage
-from ptq.store import StageEntry, open_store, stage_key
+from ptq.storage.store import StageEntry, open_store, stage_key
 from tasks.progress import announce_finished
 from tasks.retries import is_transient
 

@@ -11,7 +11,7 @@ from prefect.logging import get_run_logger
 from ptq.config import TrainingConfig
 from ptq.files import write_file
 from ptq.records.data import DataRecord, PreparedImages, TrainingRecord
-from ptq.store import open_store
+from ptq.storage.store import open_store
 from ptq.training_run import train_from_files, training_sources
 from tasks.progress import progress_logger
 from tasks.stage import RunContext, stage

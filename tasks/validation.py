@@ -8,7 +8,7 @@ from ptq.graph_checks import check_graph
 from ptq.preparation import plan_from_file
 from ptq.records.graph import GraphChecks, GraphRecord
 from ptq.records.plan import ModelRecord
-from ptq.store import open_store
+from ptq.storage.store import open_store
 from tasks.stage import RunContext, stage
 
 

@@ -11,10 +11,10 @@ from prefect.logging import get_logger, get_run_logger
 
 from ptq.bucket_notifications import created_objects
 from ptq.checkpoints import Checkpoint, CheckpointWatch, model_of
+from ptq.data.remote_inputs import is_remote
 from ptq.errors import ArtifactError, PtqError, UsageError
-from ptq.inputs import is_remote
 from ptq.records.base import digest
-from ptq.store import Store, open_store
+from ptq.storage.store import Store, open_store
 from tasks.announcements import Announced, Logger, announce, api, claim, confirm
 
 # To read a large collection for the first time takes that much longer than to watch it.

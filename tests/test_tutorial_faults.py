@@ -9,7 +9,7 @@ from pytorch_quantization import nn as quant_nn
 from ptq.calibration import amax_table
 from ptq.collection import collect_statistics
 from ptq.config import QuantizationConfig
-from ptq.datasets import draw_calibration_indices
+from ptq.data.sampling import draw_calibration_indices
 from ptq.dialect import observed_names
 from ptq.engines import open_activation_readers
 from ptq.preparation import prepare_model

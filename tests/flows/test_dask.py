@@ -32,7 +32,7 @@ from flows.quantize_model import quantize_model
 from ptq import machine_lock
 from ptq.config import PtqConfig
 from ptq.errors import PtqError, UsageError
-from ptq.store import open_store
+from ptq.storage.store import open_store
 from tasks import dask_stages, runners
 
 ROOT = Path(__file__).resolve().parents[2]

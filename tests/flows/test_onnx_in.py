@@ -15,7 +15,7 @@ from flows.quantize_model import quantize_model
 from ptq.config import PtqConfig
 from ptq.errors import CheckpointError
 from ptq.records.verdict import Verdict
-from ptq.store import open_store
+from ptq.storage.store import open_store
 
 pytestmark = pytest.mark.usefixtures("prefect_backend")
 

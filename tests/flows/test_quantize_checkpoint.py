@@ -15,7 +15,7 @@ from prefect.events.filters import EventFilter, EventNameFilter, EventResourceFi
 from flows.quantize_checkpoint import quantize_checkpoint
 from ptq.errors import CheckpointError, UsageError
 from ptq.files import file_digest
-from ptq.store import open_store
+from ptq.storage.store import open_store
 
 pytestmark = pytest.mark.usefixtures("prefect_backend")
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from flows.quantize_model import quantize_model
-from ptq import images
 from ptq.config import PtqConfig
-from ptq.store import open_store
+from ptq.data import images
+from ptq.storage.store import open_store
 
 pytestmark = pytest.mark.usefixtures("prefect_backend")
 

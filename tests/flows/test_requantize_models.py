@@ -14,7 +14,7 @@ from flows.requantize_models import requantize_models
 from ptq.errors import UsageError
 from ptq.nights import read_nights
 from ptq.records.base import digest
-from ptq.store import open_store
+from ptq.storage.store import open_store
 
 pytestmark = pytest.mark.usefixtures("prefect_backend")
 

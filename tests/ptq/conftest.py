@@ -5,7 +5,7 @@ import uuid
 import pytest
 import s3_servers
 
-from ptq.store import open_store
+from ptq.storage.store import open_store
 
 
 @pytest.fixture(params=["local", "moto", "rclone"])

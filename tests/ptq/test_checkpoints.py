@@ -14,8 +14,8 @@ from ptq.checkpoint_places import is_whole
 from ptq.checkpoints import CheckpointWatch, model_of, watched_prefix
 from ptq.errors import ArtifactError, UsageError
 from ptq.files import file_digest
-from ptq.s3_objects import RemoteObjects
-from ptq.store import open_store
+from ptq.storage.s3_reader import RemoteObjects
+from ptq.storage.store import open_store
 
 WEIGHTS = {"weight": torch.arange(1000.0), "bias": torch.ones(3)}
 

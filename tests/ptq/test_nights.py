@@ -25,7 +25,7 @@ from ptq.records.verdict import (
     VerdictLatency,
     VerdictMeasurement,
 )
-from ptq.store import StageEntry
+from ptq.storage.store import StageEntry
 
 FOUND = NightFindings(
     version="62c0b78d59277ce1", is_new=True, fp32_top1_percent=98.0, top1_percent=97.5, drop_pp=0.5,

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
+from ptq.data.images import resize_pixels
 from ptq.errors import ManifestError, UsageError
-from ptq.images import resize_pixels
 from ptq.training import (
     batches_of,
     evaluate_classifier,

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from ptq.engines import open_engine
-from ptq.store import open_store
+from ptq.storage.store import open_store
 from ptq.worker_terms import terms_of_run, unmet_term
 
 

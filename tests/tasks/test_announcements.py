@@ -25,7 +25,7 @@ from prefect.types._datetime import now
 
 from ptq.checkpoints import Checkpoint
 from ptq.errors import ArtifactError, UsageError
-from ptq.store import open_store
+from ptq.storage.store import open_store
 from tasks import announcements
 from tasks.announcements import announce
 
@@ -174,7 +174,7 @@ def test_without_a_server_that_stays_nothing_is_announced(store, model):
 SCRIPT = """
 import logging, sys, time
 from ptq.checkpoints import Checkpoint
-from ptq.store import open_store
+from ptq.storage.store import open_store
 from tasks import announcements
 
 def stop(*arguments, **options):

@@ -3,7 +3,7 @@ from prefect.logging import disable_run_logger
 
 from ptq.engines.interface import BuiltEngine
 from ptq.records.graph import EngineIdentity, LayerReport
-from ptq.store import open_store
+from ptq.storage.store import open_store
 from tasks import engine
 from tasks.stage import RunContext
 

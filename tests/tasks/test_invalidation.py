@@ -15,7 +15,7 @@ from flows.quantize_model import quantize_model
 from ptq import provenance, source_digests
 from ptq.config import PtqConfig
 from ptq.source_digests import NOT_COUNTED, SourceTree
-from ptq.store import open_store
+from ptq.storage.store import open_store
 
 ROOT = Path(__file__).parents[2]
 STAGES = {
@@ -71,10 +71,10 @@ def test_there_are_stages_to_look_at():
     [
         ("ptq/numerics/amax.py", "entropy_bin", ON_METHODS),
         ("ptq/numerics/amax.py", "amax_from_weight", FAKE_QUANTIZED),
-        ("ptq/datasets.py", "draw_trials", {"draw_calibration_images"}),
-        ("ptq/datasets.py", "decode_rows", {"draw_calibration_images", "prepare_split"}),
-        ("ptq/datasets.py", "index_images", {"index_images"}),
-        ("ptq/images.py", "network_input", {
+        ("ptq/data/index.py", "draw_trials", {"draw_calibration_images"}),
+        ("ptq/data/index.py", "decode_rows", {"draw_calibration_images", "prepare_split"}),
+        ("ptq/data/index.py", "index_images", {"index_images"}),
+        ("ptq/data/images.py", "network_input", {
             *ON_READERS, *EVALUATIONS, "choose_methods", "rank_layers", "fine_tune", "train_classifier",
         }),
         ("ptq/graph_checks.py", "check_graph", {"validate_graph"}),
@@ -88,8 +88,8 @@ def test_there_are_stages_to_look_at():
         ("ptq/engines/tensorrt.py", "TensorRtEngine.build", ON_ENGINE),
         ("ptq/report.py", "html_report", set()),
         ("ptq/delivery.py", "compose_verdict", set()),
-        ("ptq/store.py", "Store.put_file", set()),
-        ("ptq/object_cache.py", "ObjectCache.find", set()),
+        ("ptq/storage/store.py", "Store.put_file", set()),
+        ("ptq/storage/cache.py", "ObjectCache.find", set()),
         ("tasks/evaluation.py", "_evaluate", EVALUATIONS),
         ("tasks/amax.py", "compute_amax", {"compute_amax"}),
         ("tasks/stage.py", "stage", set()),

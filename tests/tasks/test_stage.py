@@ -5,7 +5,7 @@ import pytest
 
 from ptq.errors import ArtifactError, CalibrationError
 from ptq.records.base import ArtifactRef
-from ptq.store import open_store
+from ptq.storage.store import open_store
 from tasks.retries import is_transient
 from tasks.stage import RunContext, stage
 

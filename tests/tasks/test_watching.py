@@ -10,7 +10,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from s3_servers import BUCKET
 
 from ptq.errors import ArtifactError, UsageError
-from ptq.store import open_store
+from ptq.storage.store import open_store
 from tasks import watching
 from tasks.announcements import Announced
 from tasks.watching import Inbox, watch_prefix

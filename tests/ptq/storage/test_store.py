@@ -9,11 +9,11 @@ import threading
 import numpy as np
 import pytest
 
-from ptq import backends
 from ptq.errors import ArtifactError, UsageError
 from ptq.files import write_file
 from ptq.records.base import ArtifactRef, to_jsonable
-from ptq.store import StageEntry, artifact_refs, open_store, stage_key
+from ptq.storage import backend
+from ptq.storage.store import StageEntry, artifact_refs, open_store, stage_key
 
 
 def object_name(ref):
@@ -335,7 +335,7 @@ def test_of_many_that_claim_at_once_one_is_told_to_do_it(store, monkeypatch, lef
         pytest.skip("the server ignores conditions, so that two may be told")
     if left_behind:
         with monkeypatch.context() as patched:
-            patched.setattr("ptq.store.time.time", lambda: 0.0)
+            patched.setattr("ptq.storage.store.time.time", lambda: 0.0)
             store.claim("event", KEY, {}, unconfirmed_s=60)
     barrier, states = threading.Barrier(8), []
 
@@ -361,7 +361,7 @@ def test_a_full_disk_is_an_error_and_leaves_what_was_there(folder, tmp_path, cal
     # A limit on the size of files stops a write where a full disk does, in its middle.
     script = (
         "import resource, signal, sys\nfrom pathlib import Path\n"
-        "from ptq.errors import ArtifactError\nfrom ptq.store import StageEntry, open_store\n"
+        "from ptq.errors import ArtifactError\nfrom ptq.storage.store import StageEntry, open_store\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "store, source, data, big = open_store(sys.argv[1]), Path(sys.argv[2]), bytes(300_000), {'a': 'a' * 300_000}\n"
@@ -370,7 +370,7 @@ def test_a_full_disk_is_an_error_and_leaves_what_was_there(folder, tmp_path, cal
     )
     said = subprocess.run(
         [sys.executable, "-c", script, folder.uri, tmp_path / "source"], capture_output=True, text=True, check=True,
-        cwd=backends.__file__.rpartition("/ptq/")[0],
+        cwd=backend.__file__.rpartition("/ptq/")[0],
     )  # fmt: skip
     assert "cannot be used: File too large. Expected free space, and permission to read and write." in said.stdout
     assert {path: path.read_bytes() for path in folder.backend.root.rglob("*") if path.is_file()} == before

@@ -14,7 +14,7 @@ from botocore import exceptions as faults
 from botocore.parsers import ResponseParserError
 
 from ptq.errors import ArtifactError, UsageError
-from ptq.s3_backend import PATIENCE_S, new_client, repeated, slow_bodies, waited_for
+from ptq.storage.s3_client import PATIENCE_S, new_client, repeated, slow_bodies, waited_for
 
 _CHUNK_BYTES = 2**20
 _MISSING = ("404", "NoSuchKey", "NotFound", "NoSuchVersion")

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from sklearn.datasets import load_digits
 
-from ptq.datasets import draw_stratified
+from ptq.data.images import png_from_pixels, resize_pixels
+from ptq.data.sampling import draw_stratified
 from ptq.errors import ManifestError
-from ptq.images import png_from_pixels, resize_pixels
 
 VAL_IMAGES = 300
 TEST_IMAGES = 497

@@ -11,24 +11,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ptq.config import PreprocessingConfig
-from ptq.datasets import (
+from ptq.data.decoding import decode_rows
+from ptq.data.images import png_from_pixels
+from ptq.data.index import (
     ImageRow,
-    calibration_overlap,
-    classes_never_drawn,
-    decode_rows,
-    draw_calibration_indices,
-    draw_stratified,
-    draw_trials,
     index_images,
     listing_fingerprint,
     parquet_from_index,
-    refuse_overlap,
     rows_of_split,
     rows_of_split_table,
+)
+from ptq.data.sampling import (
+    calibration_overlap,
+    classes_never_drawn,
+    draw_calibration_indices,
+    draw_stratified,
+    draw_trials,
+    refuse_overlap,
     stratified_order,
 )
 from ptq.errors import CalibrationError, ManifestError
-from ptq.images import png_from_pixels
 
 GREY = PreprocessingConfig(channels=1, resize=4, crop=4, mean=(0.5,), std=(0.5,))
 

@@ -155,13 +155,3 @@ def _center_crop(image: Image.Image, side: int) -> Image.Image:
     left = int(round((width - side) / 2.0))
     top = int(round((height - side) / 2.0))
     return image.crop((left, top, left + side, top + side))
-
-
-def evenly_spaced(images: Sequence[int], *, count: int) -> list[int]:
-    """Returns `count` of the images, evenly spaced, for they are in the order of the data; all where there are fewer.
-
-    >>> evenly_spaced([0, 1, 2, 3, 4, 5], count=3)
-    [0, 2, 4]
-    """
-    count = min(count, len(images))
-    return [images[index * len(images) // count] for index in range(count)]

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from ptq import demo_data
-from ptq.datasets import index_images
-from ptq.demo_data import write_digits_folder
+from ptq.data import demo_digits as demo_data
+from ptq.data.demo_digits import write_digits_folder
+from ptq.data.index import index_images
 from ptq.errors import ManifestError
 
 

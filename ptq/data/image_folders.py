@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+from ptq.data.remote_inputs import READS_AT_ONCE, Inputs, is_remote
 from ptq.errors import ManifestError
-from ptq.inputs import READS_AT_ONCE, Inputs, is_remote
-from ptq.s3_objects import RemoteObject
+
+if TYPE_CHECKING:
+    from ptq.storage.s3_reader import RemoteObject
 
 Progress = Callable[[int, int], None]
 

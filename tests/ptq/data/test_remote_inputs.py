@@ -11,15 +11,16 @@ import torch
 from networks import small_resnet
 from s3_servers import BUCKET, moto_server, rclone_server
 
-from ptq import datasets
-from ptq.backends import LocalFolder
 from ptq.config import PreprocessingConfig
+from ptq.data import decoding
+from ptq.data import index as index_module
+from ptq.data.remote_inputs import Inputs
 from ptq.errors import ArtifactError, CheckpointError, ManifestError, UsageError
-from ptq.inputs import Inputs
 from ptq.models import read_state_dict
-from ptq.object_cache import ObjectCache
-from ptq.s3_objects import RemoteObjects
-from ptq.store import Store
+from ptq.storage.cache import ObjectCache
+from ptq.storage.local_folder import LocalFolder
+from ptq.storage.s3_reader import RemoteObjects
+from ptq.storage.store import Store
 
 SPLITS = {"calibration_split": "train", "selection_split": "val", "test_split": "test"}
 PIXELS = PreprocessingConfig(resize=24, crop=24)
@@ -93,24 +94,24 @@ def few_images(image_folder, tmp_path):
 
 def test_images_under_a_prefix_are_indexed_and_decoded_as_in_a_folder(bucket, inputs, few_images):
     upload(bucket, few_images, "x ray/images")
-    local = datasets.index_images(str(few_images), **SPLITS)
-    remote = datasets.index_images(f"s3://{BUCKET}/x ray/images/", inputs=inputs, **SPLITS)
+    local = index_module.index_images(str(few_images), **SPLITS)
+    remote = index_module.index_images(f"s3://{BUCKET}/x ray/images/", inputs=inputs, **SPLITS)
     assert remote.table.rows() == local.table.rows()
     assert remote.root == f"s3://{BUCKET}/x ray/images"
     assert (remote.class_names, remote.splits, remote.warnings) == (local.class_names, local.splits, local.warnings)
-    rows = datasets.rows_of_split_table(remote.table, "test")
-    here = datasets.decode_rows(rows, root=str(few_images), preprocessing=PIXELS)
-    assert (datasets.decode_rows(rows, root=remote.root, preprocessing=PIXELS, inputs=inputs) == here).all()
+    rows = index_module.rows_of_split_table(remote.table, "test")
+    here = decoding.decode_rows(rows, root=str(few_images), preprocessing=PIXELS)
+    assert (decoding.decode_rows(rows, root=remote.root, preprocessing=PIXELS, inputs=inputs) == here).all()
 
 
 def test_unchanged_images_are_never_read_again(bucket, inputs, few_images, gets, tmp_path):
     upload(bucket, few_images, "images")
-    first = datasets.index_images(f"s3://{BUCKET}/images", inputs=inputs, **SPLITS)
+    first = index_module.index_images(f"s3://{BUCKET}/images", inputs=inputs, **SPLITS)
     assert len(gets) == 24
     again = inputs_in(tmp_path)
-    second = datasets.index_images(f"s3://{BUCKET}/images", inputs=again, **SPLITS)
-    datasets.decode_rows(
-        datasets.rows_of_split_table(second.table, "test"), root=second.root, preprocessing=PIXELS, inputs=again
+    second = index_module.index_images(f"s3://{BUCKET}/images", inputs=again, **SPLITS)
+    decoding.decode_rows(
+        index_module.rows_of_split_table(second.table, "test"), root=second.root, preprocessing=PIXELS, inputs=again
     )
     assert len(gets) == 24
     assert second.table.rows() == first.table.rows()
@@ -118,43 +119,43 @@ def test_unchanged_images_are_never_read_again(bucket, inputs, few_images, gets,
 
 def test_only_a_replaced_image_is_read_again(bucket, inputs, few_images, gets, tmp_path):
     upload(bucket, few_images, "images")
-    first = datasets.index_images(f"s3://{BUCKET}/images", inputs=inputs, **SPLITS)
+    first = index_module.index_images(f"s3://{BUCKET}/images", inputs=inputs, **SPLITS)
     gets.clear()
     other = (few_images / "train/north-west/000.png").read_bytes()
     put(bucket, "images/test/north-east/new.png", other[:-12] + b"\0" + other[-12:])
     put(bucket, "images/train/north-west/000.png", other + b"\0")
-    second = datasets.index_images(f"s3://{BUCKET}/images", inputs=inputs_in(tmp_path), **SPLITS)
+    second = index_module.index_images(f"s3://{BUCKET}/images", inputs=inputs_in(tmp_path), **SPLITS)
     assert sorted(gets) == ["images/test/north-east/new.png", "images/train/north-west/000.png"]
     assert second.table.height == first.table.height + 1
-    assert datasets.index_fingerprint(first) != datasets.index_fingerprint(second)
+    assert index_module.index_fingerprint(first) != index_module.index_fingerprint(second)
 
 
 def test_a_machine_with_an_empty_cache_reads_at_decoding_and_knows_the_digests(
     bucket, inputs, few_images, gets, tmp_path
 ):
     upload(bucket, few_images, "images")
-    datasets.index_images(f"s3://{BUCKET}/images", inputs=inputs, **SPLITS)
+    index_module.index_images(f"s3://{BUCKET}/images", inputs=inputs, **SPLITS)
     gets.clear()
     elsewhere = inputs_in(tmp_path, cache="another cache")
-    index = datasets.index_images(f"s3://{BUCKET}/images", inputs=elsewhere, **SPLITS)
+    index = index_module.index_images(f"s3://{BUCKET}/images", inputs=elsewhere, **SPLITS)
     assert gets == []
-    rows = datasets.rows_of_split_table(index.table, "test")
+    rows = index_module.rows_of_split_table(index.table, "test")
     for _ in range(2):
-        datasets.decode_rows(rows, root=index.root, preprocessing=PIXELS, inputs=elsewhere)
+        decoding.decode_rows(rows, root=index.root, preprocessing=PIXELS, inputs=elsewhere)
     assert sorted(gets) == [f"images/{row.path}" for row in rows]
 
 
 def test_an_image_that_changes_between_index_and_decoding_is_refused(bucket, inputs, few_images, tmp_path):
     upload(bucket, few_images, "images")
-    index = datasets.index_images(f"s3://{BUCKET}/images", inputs=inputs, **SPLITS)
-    rows = datasets.rows_of_split_table(index.table, "test")
+    index = index_module.index_images(f"s3://{BUCKET}/images", inputs=inputs, **SPLITS)
+    rows = index_module.rows_of_split_table(index.table, "test")
     put(bucket, f"images/{rows[0].path}", (few_images / rows[1].path).read_bytes())
     elsewhere = inputs_in(tmp_path, cache="another cache")
     with pytest.raises(ManifestError, match=r"north-east/000.png has changed since it was indexed"):
-        datasets.decode_rows(rows, root=index.root, preprocessing=PIXELS, inputs=elsewhere)
+        decoding.decode_rows(rows, root=index.root, preprocessing=PIXELS, inputs=elsewhere)
     bucket.delete_object(Bucket=BUCKET, Key=f"images/{rows[0].path}")
     with pytest.raises(ManifestError, match="is gone since it was indexed"):
-        datasets.decode_rows(rows, root=index.root, preprocessing=PIXELS, inputs=elsewhere)
+        decoding.decode_rows(rows, root=index.root, preprocessing=PIXELS, inputs=elsewhere)
 
 
 def test_a_manifest_names_images_beside_it_and_elsewhere(bucket, inputs, few_images, gets, tmp_path):
@@ -163,17 +164,17 @@ def test_a_manifest_names_images_beside_it_and_elsewhere(bucket, inputs, few_ima
     lines = [f"images/train/{name}/000.png,{name},train" for name in ("north-east", "south-west")]
     lines += [f"s3://{BUCKET}/other/place/{name}/000.png,{name},test" for name in ("north-east", "south-west")]
     put(bucket, "data/manifest.csv", "\n".join(["path,label,split", *lines]))
-    index = datasets.index_images(f"s3://{BUCKET}/data/manifest.csv", inputs=inputs, **SPLITS)
+    index = index_module.index_images(f"s3://{BUCKET}/data/manifest.csv", inputs=inputs, **SPLITS)
     assert len(gets) == 5
-    local = datasets.index_images(str(few_images), **SPLITS)
+    local = index_module.index_images(str(few_images), **SPLITS)
     by_path = dict(local.table.select("path", "sha256").iter_rows())
-    assert [(row.label, row.sha256) for row in datasets.rows_of_split_table(index.table, "test")] == [
+    assert [(row.label, row.sha256) for row in index_module.rows_of_split_table(index.table, "test")] == [
         (0, by_path["test/north-east/000.png"]), (1, by_path["test/south-west/000.png"])
     ]  # fmt: skip
     again = inputs_in(tmp_path)
-    second = datasets.index_images(f"s3://{BUCKET}/data/manifest.csv", inputs=again, **SPLITS)
-    datasets.decode_rows(
-        datasets.rows_of_split_table(second.table, "test"), root=second.root, preprocessing=PIXELS, inputs=again
+    second = index_module.index_images(f"s3://{BUCKET}/data/manifest.csv", inputs=again, **SPLITS)
+    decoding.decode_rows(
+        index_module.rows_of_split_table(second.table, "test"), root=second.root, preprocessing=PIXELS, inputs=again
     )
     assert len(gets) == 5
 
@@ -182,7 +183,7 @@ def test_a_manifest_names_images_beside_it_and_elsewhere(bucket, inputs, few_ima
 def test_a_manifest_that_leads_out_of_its_prefix_is_refused(bucket, inputs, path):
     put(bucket, "data/manifest.csv", f"path,label,split\n{path},cat,train\n{path},cat,test\n")
     with pytest.raises(ManifestError, match="leads out of s3://models/data"):
-        datasets.index_images(f"s3://{BUCKET}/data/manifest.csv", inputs=inputs, **SPLITS)
+        index_module.index_images(f"s3://{BUCKET}/data/manifest.csv", inputs=inputs, **SPLITS)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +198,7 @@ def test_a_manifest_that_leads_out_of_its_prefix_is_refused(bucket, inputs, path
 )
 def test_what_cannot_be_data_is_refused_with_its_reason(bucket, inputs, uri, error, message):
     with pytest.raises(error, match=message) as raised:
-        datasets.index_images(uri, inputs=inputs, **SPLITS)
+        index_module.index_images(uri, inputs=inputs, **SPLITS)
     assert "hidden" not in str(raised.value)
 
 
@@ -213,7 +214,7 @@ def test_refused_access_is_told_without_secrets(tmp_path, monkeypatch):
             inputs.checkpoint_digest(f"s3://{BUCKET}/weights.pth")
         assert "wrong-secret" not in str(raised.value)
         with pytest.raises(ArtifactError, match="may list the bucket and get its objects"):
-            datasets.index_images(f"s3://{BUCKET}/images", inputs=inputs, **SPLITS)
+            index_module.index_images(f"s3://{BUCKET}/images", inputs=inputs, **SPLITS)
 
 
 def test_a_checkpoint_is_read_once_and_loads_as_from_a_file(bucket, inputs, gets, tmp_path):
@@ -291,9 +292,9 @@ def test_hostile_keys_name_no_file_outside_cache_and_store(bucket, inputs, few_i
         lambda self, **which: opened(self, **{**which, "Key": plain.get(which["Key"], which["Key"])}),
     )
     before = files_in(tmp_path)
-    index = datasets.index_images(f"s3://{BUCKET}/images", inputs=inputs, **SPLITS)
-    rows = datasets.rows_of_split_table(index.table, "train")
-    datasets.decode_rows(rows, root=index.root, preprocessing=PIXELS, inputs=inputs)
+    index = index_module.index_images(f"s3://{BUCKET}/images", inputs=inputs, **SPLITS)
+    rows = index_module.rows_of_split_table(index.table, "train")
+    decoding.decode_rows(rows, root=index.root, preprocessing=PIXELS, inputs=inputs)
     assert len(rows) == 4
     made = files_in(tmp_path) - before
     assert made
@@ -309,8 +310,8 @@ def test_many_readers_at_once_share_one_cache(bucket, few_images, gets, tmp_path
     upload(bucket, few_images, "images")
 
     def index(number):
-        found = datasets.index_images(f"s3://{BUCKET}/images", inputs=inputs_in(tmp_path), **SPLITS)
-        return datasets.index_fingerprint(found)
+        found = index_module.index_images(f"s3://{BUCKET}/images", inputs=inputs_in(tmp_path), **SPLITS)
+        return index_module.index_fingerprint(found)
 
     with ThreadPoolExecutor(4) as pool:
         assert len(set(pool.map(index, range(4)))) == 1

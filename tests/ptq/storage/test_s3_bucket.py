@@ -10,12 +10,12 @@ import pytest
 import s3_servers
 from fault_proxy import FaultProxy
 
-from ptq import s3_backend
 from ptq.errors import ArtifactError, UsageError
-from ptq.object_cache import ObjectCache
 from ptq.records.base import ArtifactRef
-from ptq.s3_objects import RemoteObjects
-from ptq.store import Store, open_store
+from ptq.storage import s3_bucket, s3_client
+from ptq.storage.cache import ObjectCache
+from ptq.storage.s3_reader import RemoteObjects
+from ptq.storage.store import Store, open_store
 
 DATA = np.random.default_rng(0).bytes(300_000)
 
@@ -73,7 +73,7 @@ def test_an_endpoint_that_does_not_answer_is_named_without_its_password(s3_serve
     port = s3_servers.free_port()
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://user:pass-word@127.0.0.1:{port}")
     with pytest.raises(ArtifactError, match=rf"127\.0\.0\.1:{port} within 1 s: .*Check AWS_ENDPOINT_URL_S3") as raised:
-        Store(s3_backend.S3Bucket(s3_uri, patience_s=1.0)).put_bytes(b"abc", "a")
+        Store(s3_bucket.S3Bucket(s3_uri, patience_s=1.0)).put_bytes(b"abc", "a")
     assert "pass-word" not in str(raised.value)
 
 
@@ -93,8 +93,8 @@ def test_a_uri_that_is_no_bucket_is_refused(uri):
 
 
 def test_a_file_above_the_limit_goes_up_in_parts(s3_server, s3_uri, tmp_path, monkeypatch):
-    monkeypatch.setattr(s3_backend, "MULTIPART_BYTES", 5 * 2**20)
-    monkeypatch.setattr(s3_backend, "_PART_BYTES", 5 * 2**20)
+    monkeypatch.setattr(s3_bucket, "MULTIPART_BYTES", 5 * 2**20)
+    monkeypatch.setattr(s3_bucket, "_PART_BYTES", 5 * 2**20)
     data = np.random.default_rng(1).bytes(11 * 2**20 + 1)
     (tmp_path / "large").write_bytes(data)
     store = open_store(s3_uri)
@@ -114,7 +114,7 @@ def test_an_object_is_read_from_the_server_once(s3_server, s3_uri):
 
 
 def test_a_cache_forgets_what_was_used_longest_ago(tmp_path, monkeypatch):
-    monkeypatch.setattr("ptq.object_cache._KEPT_S", 0.0)
+    monkeypatch.setattr("ptq.storage.cache._KEPT_S", 0.0)
     cache = ObjectCache(tmp_path, limit_bytes=25)
     digests = [f"{i}" * 64 for i in range(3)]
     for digest in digests:
@@ -125,7 +125,7 @@ def test_a_cache_forgets_what_was_used_longest_ago(tmp_path, monkeypatch):
 
 def test_processes_with_their_own_caches_share_the_objects_of_a_bucket(s3_server, s3_uri, tmp_path):
     ref = open_store(s3_uri).put_bytes(DATA, "a")
-    other = Store(s3_backend.S3Bucket(s3_uri), cache=ObjectCache(tmp_path / "other", limit_bytes=2**30))
+    other = Store(s3_bucket.S3Bucket(s3_uri), cache=ObjectCache(tmp_path / "other", limit_bytes=2**30))
     assert other.get_bytes(ref) == DATA
     assert other.get_path(ref).is_relative_to(tmp_path / "other")
 
@@ -170,7 +170,7 @@ def test_a_server_that_is_away_for_longer_than_botocore_waits_is_waited_for(thro
         proxy.open()
 
     # Refused until botocore has given up and the store begins to wait, however fast the machine is.
-    monkeypatch.setattr(s3_backend.logger, "warning", reopen)
+    monkeypatch.setattr(s3_client.logger, "warning", reopen)
     proxy.close()
     call(store, ref)
     assert said == ["The S3 server is away (EndpointConnectionError); waiting up to 60 s."]
@@ -178,7 +178,7 @@ def test_a_server_that_is_away_for_longer_than_botocore_waits_is_waited_for(thro
 
 def test_a_server_that_stays_away_is_an_error_when_patience_ends(through_proxy, s3_uri):
     _, proxy = through_proxy
-    store = Store(s3_backend.S3Bucket(s3_uri, patience_s=1.5))
+    store = Store(s3_bucket.S3Bucket(s3_uri, patience_s=1.5))
     proxy.close()
     with pytest.raises(ArtifactError, match=r"within 1\.5 s: Could not connect .* Expected a server that answers"):
         store.latest("m")
@@ -187,7 +187,7 @@ def test_a_server_that_stays_away_is_an_error_when_patience_ends(through_proxy, 
 def test_a_server_that_answers_nothing_but_503_is_an_error_when_patience_ends(through_proxy, s3_uri):
     _, proxy = through_proxy
     fail_next(proxy, "slow_down", 1000)
-    store = Store(s3_backend.S3Bucket(s3_uri, patience_s=0.5))
+    store = Store(s3_bucket.S3Bucket(s3_uri, patience_s=0.5))
     with pytest.raises(ArtifactError, match=r"within 0\.5 s: .*503.* Expected a server that answers"):
         store.has(ArtifactRef("a", "0" * 64, 1))
 
@@ -217,7 +217,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(s3_server, s3_uri, tmp_path)
     script = (
         "import resource, signal, sys\n"
         "from ptq.errors import ArtifactError\nfrom ptq.records.base import ArtifactRef\n"
-        "from ptq.store import open_store\n"
+        "from ptq.storage.store import open_store\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "try:\n    open_store(sys.argv[1]).get_path(ArtifactRef('a', sys.argv[2], 300_000))\n"
@@ -225,7 +225,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(s3_server, s3_uri, tmp_path)
     )
     said = subprocess.run(
         [sys.executable, "-c", script, s3_uri, ref.sha256], capture_output=True, text=True, check=True,
-        cwd=s3_backend.__file__.rpartition("/ptq/")[0],
+        cwd=s3_bucket.__file__.rpartition("/ptq/")[0],
     )  # fmt: skip
     assert "cache cannot be used: File too large. Expected free space" in said.stdout
     assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []

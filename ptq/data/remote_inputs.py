@@ -15,14 +15,17 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
-from ptq.backends import LocalFolder
 from ptq.errors import ArtifactError, CheckpointError, ManifestError, PtqError
 from ptq.files import disk_errors, file_digest
-from ptq.object_cache import ObjectCache, user_cache
 from ptq.records.base import digest
-from ptq.s3_objects import RemoteObject, RemoteObjects
-from ptq.store import Store
+from ptq.storage.cache import ObjectCache, user_cache
+from ptq.storage.local_folder import LocalFolder
+from ptq.storage.store import Store
+
+if TYPE_CHECKING:
+    from ptq.storage.s3_reader import RemoteObject, RemoteObjects
 
 # Requests at once, most of whose time is waiting; as many images are in memory.
 READS_AT_ONCE = 16
@@ -63,7 +66,7 @@ class Inputs:
     def objects(self) -> "RemoteObjects":
         """The objects of the server that the environment names."""
         # Imported here: boto3 takes half a second, which runs on local files need not wait for.
-        from ptq.s3_objects import RemoteObjects
+        from ptq.storage.s3_reader import RemoteObjects
 
         return RemoteObjects()
 

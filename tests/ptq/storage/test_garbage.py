@@ -9,8 +9,9 @@ from botocore.exceptions import ClientError
 
 from ptq.errors import ArtifactError, UsageError
 from ptq.records.base import to_jsonable
-from ptq.retention import DAY_S, collect_garbage, existing_store, read_history, restore_version
-from ptq.store import StageEntry, Store, open_store
+from ptq.storage.garbage import DAY_S, collect_garbage
+from ptq.storage.registry import existing_store, read_history, restore_version
+from ptq.storage.store import StageEntry, Store, open_store
 
 NOW = datetime(2026, 11, 24, tzinfo=UTC)
 

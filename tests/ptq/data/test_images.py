@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from ptq.config import PreprocessingConfig
+from ptq.data.images import decode_image, network_input, png_from_pixels, resize_pixels
 from ptq.errors import ManifestError
-from ptq.images import decode_image, network_input, png_from_pixels, resize_pixels
 
 # Through `models`, which makes torchvision importable beside a torch without CUDA.
 from ptq.models import torchvision

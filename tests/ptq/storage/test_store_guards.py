@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from ptq.errors import ArtifactError
-from ptq.store import StageEntry
+from ptq.storage.store import StageEntry
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 # What Dask's scheduler and workers send each other they pickle; it is neither kept nor read from anywhere else.
 EXEMPT = {ROOT / "tasks" / "runtime" / "dask_runner.py"}
 SOURCES = [

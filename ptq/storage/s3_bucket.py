@@ -10,13 +10,10 @@ import base64
 import contextlib
 import hashlib
 import io
-import logging
 import os
 import queue
-import random
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
@@ -26,11 +23,21 @@ from urllib.parse import parse_qs, urlparse
 
 import boto3
 from botocore import exceptions as faults
-from botocore.config import Config
 from botocore.parsers import ResponseParserError
 
-from ptq.backends import Entry, require_name
 from ptq.errors import ArtifactError, UsageError
+from ptq.storage.backend import Entry, require_name
+from ptq.storage.s3_client import (
+    BROKEN_BODY,
+    PATIENCE_S,
+    code,
+    new_client,
+    repeated,
+    require_length,
+    slow_bodies,
+    waited_for,
+    without_secrets,
+)
 
 MEBIBYTE = 2**20
 # Up to here one request is faster than parts, which a server has to put together.
@@ -38,45 +45,11 @@ MULTIPART_BYTES = 128 * MEBIBYTE
 _PART_BYTES = 16 * MEBIBYTE
 _PARTS_AT_ONCE = 4
 _CHUNK_BYTES = MEBIBYTE
-# Attempts at a request in botocore, whose waits share a quota of retries. Its waits after a connection that failed
-# begin at 50 ms, so that ten attempts are over within 13 s: the long waits are made here.
-_REQUEST_ATTEMPTS = 4
-_BODY_ATTEMPTS = 5
-# A server that starts again, or a network that does, is away for some tens of seconds. What is away for longer is
-# down, and somebody should hear of it.
-PATIENCE_S = 60.0
-_LONGEST_WAIT_S = 5.0
 _MD5 = re.compile(r"^[0-9a-f]{32}$")
 _MISSING = ("404", "NoSuchKey", "NotFound")
 _REFUSED = ("412", "PreconditionFailed", "409", "ConditionalRequestConflict")
 _UNKNOWN = ("501", "NotImplemented", "405", "MethodNotAllowed")
-# What a server says of bytes that were changed on their way to it, or of an upload that it forgot because of them.
-_CHANGED = (
-    "BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch", "InvalidPart", "MalformedXML", "NoSuchUpload",
-    "RequestTimeout",
-)  # fmt: skip
-# What is raised where no server is there, or none that answers.
-_AWAY = (
-    faults.EndpointConnectionError,
-    faults.ConnectTimeoutError,
-    faults.ProxyConnectionError,
-    faults.ConnectionClosedError,
-    faults.ReadTimeoutError,
-)
-# What a server answers that starts or has too much to do, or a proxy whose server is away.
-_AWAY_STATUS = (500, 502, 503, 504)
-# What a connection that breaks within a body raises.
-_BROKEN_BODY = (
-    faults.IncompleteReadError,
-    faults.ResponseStreamingError,
-    # An answer in XML that ends early: botocore does not compare its length.
-    ResponseParserError,
-    ConnectionError,
-    TimeoutError,
-)
 _PROBE = "inputs/probe"
-
-logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -130,7 +103,7 @@ class S3Bucket:
             try:
                 return dict(self._client.head_object(**where))
             except faults.ClientError as error:
-                if _code(error) in _MISSING:
+                if code(error) in _MISSING:
                     return None
                 raise
 
@@ -156,7 +129,7 @@ class S3Bucket:
             response = self._open(name)
             with slow_bodies():
                 data = response["Body"].read()
-            _require_length(len(data), response)
+            require_length(len(data), response)
             return data, str(response["ETag"])
 
         return self._repeated("read", name, attempt)
@@ -170,7 +143,7 @@ class S3Bucket:
                 for chunk in response["Body"].iter_chunks(_CHUNK_BYTES):
                     digest.update(chunk)
                     stream.write(chunk)
-                _require_length(stream.tell(), response)
+                require_length(stream.tell(), response)
             return digest.hexdigest
 
         return self._repeated("read", name, attempt)
@@ -294,7 +267,7 @@ class S3Bucket:
         try:
             return dict(self._client.list_multipart_uploads(**where))
         except faults.ClientError as error:
-            if _code(error) == "NoSuchUpload":  # so rclone says that there is none
+            if code(error) == "NoSuchUpload":  # so rclone says that there is none
                 return {}
             raise
 
@@ -302,7 +275,7 @@ class S3Bucket:
         try:
             self._client.abort_multipart_upload(**where)
         except faults.ClientError as error:
-            if _code(error) != "NoSuchUpload":  # it has ended since
+            if code(error) != "NoSuchUpload":  # it has ended since
                 raise
 
     def _key(self, name: str) -> str:
@@ -312,7 +285,7 @@ class S3Bucket:
         try:
             return dict(self._client.get_object(Bucket=self.bucket, Key=self._key(name)))
         except faults.ClientError as error:
-            if _code(error) in _MISSING:
+            if code(error) in _MISSING:
                 raise FileNotFoundError(f"{self.uri}/{name}") from error
             raise
 
@@ -352,12 +325,12 @@ class S3Bucket:
         try:
             return repeated(attempt, patience_s=self._patience_s)
         except faults.ClientError as error:
-            if _code(error) in _REFUSED:
+            if code(error) in _REFUSED:
                 raise _Refused(name) from error
-            if _code(error) in _UNKNOWN:
+            if code(error) in _UNKNOWN:
                 raise _UnknownRequest(str(self._error(doing, name, error))) from error
             raise self._error(doing, name, error) from error
-        except (*_BROKEN_BODY, faults.BotoCoreError, boto3.exceptions.Boto3Error) as error:
+        except (*BROKEN_BODY, faults.BotoCoreError, boto3.exceptions.Boto3Error) as error:
             raise self._error(doing, name, error) from error
 
     def _error(self, doing: str, name: str, error: Exception) -> ArtifactError:
@@ -366,8 +339,8 @@ class S3Bucket:
                 f"There are no credentials for {self.uri}. Expected them where boto3 looks: the variables "
                 "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or the machine's role."
             )
-        said = _without_secrets(" ".join(str(error).split())[:300])
-        endpoint = _without_secrets(self._client.meta.endpoint_url)
+        said = without_secrets(" ".join(str(error).split())[:300])
+        endpoint = without_secrets(self._client.meta.endpoint_url)
         return ArtifactError(
             f"Cannot {doing} {self.uri}/{name} at {endpoint}{waited_for(error, self._patience_s)}: {said}. Expected a "
             "server that answers and a bucket that may be read and written. Check AWS_ENDPOINT_URL_S3, the bucket and "
@@ -383,71 +356,14 @@ class _UnknownRequest(ArtifactError):
     """The server does not know what it was asked for."""
 
 
-def repeated(attempt: Callable[[], Result], *, patience_s: float) -> Result:
-    """Returns what `attempt` returns, made again where a body broke on the way or the server was away.
-
-    Args:
-        attempt: what may be done twice. botocore has repeated its requests by the time that it raises.
-        patience_s: seconds since the first attempt, after which a server that is away is not asked again.
-
-    Raises:
-        Exception: what the last attempt raised.
-    """
-    started = time.monotonic()
-    broken = waits = 0
-    while True:
-        try:
-            return attempt()
-        except Exception as error:
-            left_s = started + patience_s - time.monotonic()
-            if is_away(error) and left_s > 0:
-                limit_s = min(left_s, _LONGEST_WAIT_S)
-                if not waits:
-                    logger.warning("The S3 server is away (%s); waiting up to %.0f s.", type(error).__name__, left_s)
-            elif _is_broken(error) and broken < _BODY_ATTEMPTS - 1:
-                broken += 1
-                limit_s = _LONGEST_WAIT_S
-            else:
-                raise
-        waits += 1
-        # Spread, so that many clients do not come back at once.
-        time.sleep(min(limit_s, random.uniform(0.1, 0.3) * 2**waits))
-
-
-def is_away(error: Exception) -> bool:
-    """Whether an exception says that no server is there, or none that can answer at the moment."""
-    if isinstance(error, faults.ClientError):
-        return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") in _AWAY_STATUS
-    return isinstance(error, _AWAY)
-
-
-def _is_broken(error: Exception) -> bool:
-    """Whether bytes were lost or changed on their way, in either direction."""
-    return isinstance(error, _BROKEN_BODY) or (isinstance(error, faults.ClientError) and _code(error) in _CHANGED)
-
-
-def waited_for(error: Exception, patience_s: float) -> str:
-    """What an error's message says of the time for which the server was waited for."""
-    return f" within {patience_s:g} s" if is_away(error) else ""
-
-
 @contextlib.contextmanager
 def _nothing_where_missing() -> Iterator[None]:
     """Lets nothing happen where the object is gone."""
     try:
         yield
     except faults.ClientError as error:
-        if _code(error) not in _MISSING:
+        if code(error) not in _MISSING:
             raise
-
-
-@contextlib.contextmanager
-def slow_bodies() -> Iterator[None]:
-    """Tells a body that does not come from a request that is not answered: the latter is waited for by the clock."""
-    try:
-        yield
-    except faults.ReadTimeoutError as error:
-        raise TimeoutError(str(error)) from error
 
 
 class _LargeBlocks(io.RawIOBase):
@@ -510,7 +426,7 @@ def parse_s3_uri(uri: str) -> tuple[str, str, str]:
     addressing = options.pop("addressing", ["auto"])[-1]
     if parsed.scheme != "s3" or not parsed.hostname or "@" in parsed.netloc or options or parsed.fragment:
         raise UsageError(
-            f"output.store is {_without_secrets(uri)!r}; expected s3://bucket/prefix, with ?addressing=path for a "
+            f"output.store is {without_secrets(uri)!r}; expected s3://bucket/prefix, with ?addressing=path for a "
             "server that does not know buckets as host names. Credentials come from boto3's own chain."
         )
     if addressing not in ("auto", "path", "virtual"):
@@ -540,32 +456,6 @@ def _bucket_of_process(uri: str, _process: int, _settings: int) -> S3Bucket:
     return S3Bucket(uri)
 
 
-def _without_secrets(uri: str) -> str:
-    return re.sub(r"//[^/@]*@", "//...@", uri)
-
-
-def new_client(addressing: str) -> Any:
-    """Returns an S3 client that repeats failed requests and adapts its rate to a server that asks for it."""
-    config = Config(
-        retries={"mode": "adaptive", "total_max_attempts": _REQUEST_ATTEMPTS},
-        connect_timeout=10,
-        read_timeout=60,
-        max_pool_connections=16,
-        # The body's own checksum is among the signed headers; without TLS botocore would digest the body once more.
-        s3={"addressing_style": addressing, "payload_signing_enabled": False},
-        # Every put carries a checksum; servers that do not know the newer ones are not bothered with them.
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
-    )
-    try:
-        return boto3.Session().client("s3", config=config)
-    except faults.BotoCoreError as error:
-        raise ArtifactError(
-            f"boto3 cannot make an S3 client: {error}. Expected a region and valid settings; set AWS_DEFAULT_REGION, "
-            "for a server of your own to us-east-1."
-        ) from error
-
-
 def _base64(hexdigest: str) -> str:
     """A digest as S3 takes it."""
     return base64.b64encode(bytes.fromhex(hexdigest)).decode()
@@ -575,18 +465,9 @@ def _md5(data: bytes = b"") -> "hashlib._Hash":
     return hashlib.md5(data, usedforsecurity=False)
 
 
-def _code(error: faults.ClientError) -> str:
-    return str(error.response.get("Error", {}).get("Code", ""))
-
-
 def _require_arrived(response: dict[str, Any], md5: str) -> None:
     """Raises ConnectionError where the answer's tag is an MD5, and another one than that of the bytes sent."""
     arrived = str(response.get("ETag", "")).strip('"')
     is_md5 = _MD5.match(arrived) and "aws:kms" not in str(response.get("ServerSideEncryption", ""))
     if is_md5 and arrived != md5:
         raise ConnectionError("the bytes were changed on their way to the server")
-
-
-def _require_length(found: int, response: dict[str, Any]) -> None:
-    if found != int(response["ContentLength"]):
-        raise ConnectionError(f"the body ended after {found} of {response['ContentLength']} bytes")

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import unquote, urlparse
 
-from ptq.backends import Backend, LocalFolder
 from ptq.errors import ArtifactError, UsageError
 from ptq.files import file_digest
-from ptq.object_cache import ObjectCache, user_cache
 from ptq.records.base import ArtifactRef, digest
+from ptq.storage.backend import Backend
+from ptq.storage.cache import ObjectCache, user_cache
+from ptq.storage.local_folder import LocalFolder
 
 # Times a body is fetched, where what arrives is not what was stored.
 _FETCH_ATTEMPTS = 4
@@ -72,7 +73,7 @@ def open_store(uri: str) -> "Store":
     root = folder_of_uri(uri)
     if root is None:
         # Imported here: boto3 takes half a second, which runs on a local folder need not wait for.
-        from ptq.s3_backend import bucket_at
+        from ptq.storage.s3_bucket import bucket_at
 
         return Store(bucket_at(uri))
     return Store(LocalFolder(root))

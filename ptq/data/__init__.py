@@ -1,0 +1,1 @@
+"""Which images are there, and which pixels do they have?"""
