@@ -38,7 +38,7 @@ from ptq.config import METHODS
 from ptq.data.images import network_input
 from ptq.dialect import observed_names
 from ptq.engines import open_activation_readers
-from ptq.observation import observed_from_folded
+from ptq.networks.observed import observed_from_folded
 from ptq.preparation import folded_from_state
 
 with warnings.catch_warnings():

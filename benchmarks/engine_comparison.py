@@ -15,7 +15,7 @@ from benchmarks.subject import Subject, arguments, temporary_subject, write_resu
 from ptq.benchmarking import measure_files
 from ptq.config import Precision, QuantizationConfig
 from ptq.engines import int8_share, open_engine
-from ptq.engines.interface import Engine
+from ptq.engines.base import Engine
 from ptq.numerics.metrics import cosine_per_image, sqnr_db
 from ptq.numerics.paired_test import paired_comparison
 from ptq.records.base import to_jsonable

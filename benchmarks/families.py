@@ -26,18 +26,19 @@ from benchmarks.parity import one_at_a_time
 from benchmarks.subject import write_result
 from ptq.benchmarking import machine_description
 from ptq.calibration import amax_table, statistics_from_files
+from ptq.checks.run import check_graph
 from ptq.config import Dialect, PreprocessingConfig, QuantizationConfig
 from ptq.data import decoding, sampling
 from ptq.data import index as index_module
 from ptq.data.images import network_input
 from ptq.engines import int8_share, open_engine
-from ptq.engines.interface import Engine, Runner
-from ptq.fake_quant import exportable_fake_quant, fake_quant_from_folded, weight_amax
+from ptq.engines.base import Engine, Runner
 from ptq.files import npy_from_array
-from ptq.graph_checks import check_graph
+from ptq.graph.candidate import write_candidate
+from ptq.graph.summary import summarize_onnx
+from ptq.networks.fake_quant import exportable_fake_quant, fake_quant_from_folded, weight_amax
 from ptq.numerics.latency import TimedCalls, interleave, summarize
 from ptq.numerics.metrics import cosine_per_image, sqnr_db
-from ptq.onnx_graph import summarize_onnx, write_candidate
 from ptq.preparation import PreparedModel, folded_from_state, prepare_model, write_template
 
 DIALECTS: tuple[Dialect, ...] = ("cpu", "tensorrt")

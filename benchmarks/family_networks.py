@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ptq.data.images import network_input
-from ptq.models import create_model
+from ptq.networks.factory import create_model
 
 FAMILIES = {
     "ResNet": ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),

@@ -26,11 +26,12 @@ from ptq.calibration import (
 )
 from ptq.config import METHODS, Dialect, Method, QuantizationConfig
 from ptq.engines import open_engine
-from ptq.models import create_model, load_weights_, read_state_dict
+from ptq.graph.candidate import write_candidate
+from ptq.graph.insertion import write_qdq_template
+from ptq.networks.checkpoint import load_weights_, read_state_dict
+from ptq.networks.factory import create_model
 from ptq.numerics.metrics import sqnr_db
 from ptq.numerics.paired_test import paired_comparison
-from ptq.onnx_graph import write_candidate
-from ptq.onnx_insertion import write_qdq_template
 from ptq.onnx_preparation import equalize_onnx_model, prepare_onnx_model
 from ptq.records.plan import PlacementPlan
 

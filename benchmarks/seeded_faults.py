@@ -22,12 +22,12 @@ import safetensors.torch
 from benchmarks.family_networks import MEAN, STD, random_pixels, realistic_network
 from benchmarks.faults import FAULTS, Fault, Subject
 from benchmarks.subject import write_result
+from ptq.checks.run import CHECKS, check_graph
 from ptq.config import Dialect, QuantizationConfig
 from ptq.data.images import network_input
-from ptq.engines.openvino import open_activation_readers
-from ptq.graph_checks import CHECKS, check_graph
+from ptq.engines.openvino_activations import open_activation_readers
+from ptq.graph.candidate import write_candidate
 from ptq.numerics.metrics import cosine_per_image
-from ptq.onnx_graph import write_candidate
 from ptq.preparation import prepare_model, write_template
 
 NETWORKS = ("resnet18", "resnet50", "mobilenet_v2")

@@ -28,8 +28,8 @@ from ptq.config import Dialect, Method, PreprocessingConfig, QuantizationConfig
 from ptq.data import decoding, index, sampling
 from ptq.data.images import network_input
 from ptq.files import npy_from_array
+from ptq.graph.candidate import write_candidate
 from ptq.numerics.histogram import Histograms
-from ptq.onnx_graph import write_candidate
 from ptq.preparation import PreparedModel, equalize_model, prepare_model, write_template
 from ptq.provenance import library_versions
 

@@ -39,8 +39,9 @@ from ptq.config import METHODS, PreprocessingConfig
 from ptq.data import decoding, sampling
 from ptq.data import index as index_module
 from ptq.data.images import network_input
-from ptq.fake_quant import exportable_fake_quant
-from ptq.models import create_model, head_size, load_weights_, read_state_dict
+from ptq.networks.checkpoint import head_size, load_weights_, read_state_dict
+from ptq.networks.factory import create_model
+from ptq.networks.fake_quant import exportable_fake_quant
 from ptq.numerics.amax import entropy_bin
 from ptq.numerics.metrics import split_metrics
 

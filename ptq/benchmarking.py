@@ -16,7 +16,8 @@ import psutil
 
 from ptq.config import Precision
 from ptq.engines import int8_share, open_engine, trtexec
-from ptq.engines.interface import Engine, Runner, SeparatesTransfers
+from ptq.engines.base import Engine, Runner, SeparatesTransfers
+from ptq.graph.summary import summarize_onnx
 from ptq.numerics.latency import (
     TimedCalls,
     end_to_end,
@@ -27,7 +28,6 @@ from ptq.numerics.latency import (
     summarize,
     transfer_warnings,
 )
-from ptq.onnx_graph import summarize_onnx
 from ptq.records.benchmark import BenchmarkRecord, EndToEnd, Measurement, ServedLatency
 from ptq.records.graph import EngineRecord, Int8Share
 

@@ -23,11 +23,11 @@ from ptq.data.sampling import evenly_spaced
 from ptq.device_statistics import collect_statistics_on_device
 from ptq.dialect import amax_bound, observed_names
 from ptq.engines import open_activation_readers
+from ptq.graph.candidate import read_layers
 from ptq.numerics.amax import amax_from_histograms
 from ptq.numerics.bias_correction import bias_shift
 from ptq.numerics.channel_factors import channel_ranges
 from ptq.numerics.histogram import Histograms
-from ptq.onnx_graph import read_layers
 from ptq.records.calibration import CalibrationDraws
 from ptq.records.plan import PlacementPlan
 

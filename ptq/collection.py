@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from ptq.data.images import network_input
-from ptq.engines.interface import StreamingReader
+from ptq.engines.base import StreamingReader
 from ptq.errors import CalibrationError
 from ptq.numerics.bias_correction import ChannelSums, merge_channel_sums
 from ptq.numerics.histogram import Histograms, merge

@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from ptq.benchmarking import FileMeasurement, measure_files
+from ptq.checks.run import check_graph
 from ptq.config import DataConfig, Dialect, Precision
 from ptq.data import decoding
 from ptq.data import index as index_module
@@ -20,9 +21,8 @@ from ptq.delivery import check_output_directory
 from ptq.engines import open_engine
 from ptq.errors import ManifestError, UsageError
 from ptq.evaluation import SplitImages, evaluate_graph
-from ptq.graph_checks import check_graph
+from ptq.graph.summary import summarize_onnx
 from ptq.numerics.metrics import ClassMetrics, class_metrics, tables_from_parquet
-from ptq.onnx_graph import summarize_onnx
 from ptq.preparation import write_float_model
 from ptq.records.base import to_jsonable
 from ptq.records.evaluation import SplitMetrics

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from ptq.config import Precision
-from ptq.engines.interface import Engine
+from ptq.engines.base import Engine
 from ptq.files import npz_from_arrays
 from ptq.inference import logits_of
 from ptq.numerics.metrics import parquet_from_tables, predictions_table, split_metrics

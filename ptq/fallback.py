@@ -20,8 +20,11 @@ from ptq import gate
 from ptq.config import Dialect, GateConfig, WeightMethod, in_method_order
 from ptq.data.images import network_input
 from ptq.data.sampling import evenly_spaced
-from ptq.fake_quant import fake_quant_from_folded, weight_amax
-from ptq.models import FoldedModel, create_model, fold_model, load_weights_
+from ptq.networks.checkpoint import load_weights_
+from ptq.networks.factory import create_model
+from ptq.networks.fake_quant import fake_quant_from_folded, weight_amax
+from ptq.networks.folding import FoldedModel, fold_model
+from ptq.networks.unfolding import unfolded_state
 from ptq.preparation import plan_from_file
 from ptq.qat import FineTuned, fine_tune_
 from ptq.records.benchmark import BenchmarkRecord
@@ -37,7 +40,6 @@ from ptq.sensitivity import (
     quantizer_sqnr_db,
     quantizers_of_layers,
 )
-from ptq.unfolding import unfolded_state
 
 LAYERS_NAMED = 8
 

@@ -2,7 +2,7 @@
 
 from ptq.config import Dialect
 from ptq.errors import PtqError
-from ptq.onnx_graph import summarize_onnx
+from ptq.graph.summary import summarize_onnx
 from ptq.records.base import ArtifactRef
 from ptq.records.decision import ServedModel
 from ptq.storage.store import Store

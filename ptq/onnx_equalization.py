@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Float
 
-from ptq.graph_walk import Layer, Node, QdqGraph, Tensor, constant, input_at, is_zero_padding
+from ptq.graph.nodes import Node, Tensor, constant, input_at, is_zero_padding
+from ptq.graph.qdq_graph import Layer, QdqGraph
 from ptq.numerics.channel_factors import ChannelIds, Ids
 from ptq.onnx_placement import layer_name
 

@@ -9,8 +9,9 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ptq.errors import UsageError
-from ptq.graph_walk import RESHAPING, Layer, Node, QdqGraph, Tensor, constant, is_zero_padding, producer, reach
-from ptq.onnx_names import bias_add
+from ptq.graph.names import bias_add
+from ptq.graph.nodes import RESHAPING, Node, Tensor, constant, is_zero_padding, producer, reach
+from ptq.graph.qdq_graph import Layer, QdqGraph
 from ptq.records.plan import LayerInput, PlacementPlan, QuantizerSpec
 
 _WEIGHT_ENDING = ".weight"

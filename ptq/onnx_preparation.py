@@ -13,15 +13,15 @@ import numpy as np
 
 from ptq.config import QuantizationConfig
 from ptq.engines import open_engine
-from ptq.engines.interface import Engine
+from ptq.engines.base import Engine
 from ptq.errors import CheckpointError, EngineBuildError
-from ptq.graph_walk import QdqGraph
-from ptq.onnx_canonical import canonical_graph, read_graph, save_graph, with_shapes
+from ptq.graph.canonical import canonical_graph, read_graph, save_graph, with_shapes
+from ptq.graph.insertion import write_observed
+from ptq.graph.names import layers_of
+from ptq.graph.qdq_graph import QdqGraph
+from ptq.graph.source import OnnxSource, read_source, source_digest
 from ptq.onnx_equalization import equalize_
-from ptq.onnx_insertion import write_observed
-from ptq.onnx_names import layers_of
 from ptq.onnx_placement import place_quantizers
-from ptq.onnx_source import OnnxSource, read_source, source_digest
 from ptq.preparation import PreparedModel
 from ptq.records.base import to_jsonable
 from ptq.records.plan import PlacementPlan

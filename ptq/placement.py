@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ptq.errors import UsageError
+from ptq.networks.fake_quant import weight_axis
 from ptq.records.plan import LayerInput, PlacementPlan, QuantizerSpec
 
 WEIGHTED_LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
@@ -56,11 +57,6 @@ _SIGN_KEEPING_FUNCTIONS = {
     torch.permute,
 } | _AVERAGE_POOL_FUNCTIONS | _MAX_POOL_FUNCTIONS  # fmt: skip
 _SIGN_KEEPING_METHODS = {"flatten", "view", "reshape", "permute", "transpose", "contiguous", "mean", "add", "mul"}
-
-
-def weight_axis(layer: nn.Module) -> int:
-    """Returns the output-channel axis of a layer's weight: 1 for ConvTranspose, 0 for Conv and Linear."""
-    return 1 if isinstance(layer, nn.ConvTranspose2d) else 0
 
 
 def place_quantizers(

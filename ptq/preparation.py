@@ -18,24 +18,17 @@ from ptq.config import QuantizationConfig, WeightMethod
 from ptq.dialect import observed_names
 from ptq.equalization import equalize_
 from ptq.errors import CheckpointError
-from ptq.fake_quant import fake_quant_from_folded, weight_amax
 from ptq.files import file_sha256
-from ptq.models import (
-    FoldedModel,
-    check_runs,
-    create_model,
-    factory_digest,
-    fold_model,
-    head_size,
-    load_weights_,
-    read_state_dict,
-)
-from ptq.observation import observed_from_folded
-from ptq.onnx_graph import HalfPrecision, export_onnx, export_qdq_template
+from ptq.networks.checkpoint import head_size, load_weights_, read_state_dict
+from ptq.networks.export import HalfPrecision, export_onnx, export_qdq_template
+from ptq.networks.factory import create_model
+from ptq.networks.fake_quant import fake_quant_from_folded, weight_amax
+from ptq.networks.folding import FoldedModel, check_runs, fold_model
+from ptq.networks.observed import observed_from_folded
+from ptq.networks.unfolding import unfolded_state
 from ptq.placement import place_quantizers
 from ptq.records.base import record_from_json, to_jsonable
 from ptq.records.plan import PlacementPlan
-from ptq.unfolding import unfolded_state
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,21 +229,3 @@ def write_float_model(
     model = HalfPrecision(folded.module) if precision == "fp16" else folded.module
     metadata = {"checkpoint_sha256": file_sha256(checkpoint), "precision": precision}
     export_onnx(model, path, input_shape=input_shape, batch_size=batch_size, metadata=metadata)
-
-
-def checkpoint_digest(checkpoint: Path) -> str:
-    """Returns the SHA-256 of a checkpoint.
-
-    Raises:
-        CheckpointError: there is no such file.
-    """
-    if not checkpoint.is_file():
-        raise CheckpointError(
-            f"Checkpoint {checkpoint} does not exist. Give the path of a .pth, .pt or .safetensors file."
-        )
-    return file_sha256(checkpoint)
-
-
-def model_sources(name: str, checkpoint: Path) -> list[str]:
-    """Returns the digests of a checkpoint and of a factory's sources; CheckpointError if the checkpoint is absent."""
-    return [checkpoint_digest(checkpoint), factory_digest(name)]

@@ -16,9 +16,9 @@ from torch import nn
 
 from ptq.data.images import network_input
 from ptq.errors import CalibrationError
-from ptq.fake_quant import exportable_fake_quant
+from ptq.networks.fake_quant import exportable_fake_quant
+from ptq.networks.training import MOMENTUM, Examples, evaluate_classifier, learning_rates
 from ptq.records.plan import PlacementPlan
-from ptq.training import MOMENTUM, Examples, evaluate_classifier, learning_rates
 
 BATCH_SIZE = 32
 # The one-cycle schedule ends at 0, so that an epoch of one step would train nothing.

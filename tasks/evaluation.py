@@ -11,8 +11,8 @@ from ptq.config import Dialect, EngineConfig, Normalization, Precision
 from ptq.engines import open_engine
 from ptq.evaluation import Evaluation, evaluate_graph, split_images_from_files
 from ptq.files import arrays_from_npz
+from ptq.graph.candidate import write_candidate
 from ptq.numerics.metrics import tables_from_parquet
-from ptq.onnx_graph import write_candidate
 from ptq.preparation import plan_from_file
 from ptq.records.base import ArtifactRef
 from ptq.records.calibration import AmaxRecord

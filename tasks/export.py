@@ -8,8 +8,8 @@ from prefect.logging import get_run_logger
 
 from ptq.config import Dialect, WeightMethod
 from ptq.files import arrays_from_npz
-from ptq.onnx_graph import write_candidate
-from ptq.onnx_insertion import write_qdq_template
+from ptq.graph.candidate import write_candidate
+from ptq.graph.insertion import write_qdq_template
 from ptq.preparation import plan_from_file, write_template
 from ptq.records.base import ArtifactRef
 from ptq.records.calibration import AmaxRecord

@@ -10,10 +10,11 @@ from prefect.logging import get_run_logger
 from ptq.calibration import RANGE_IMAGES, ranges_from_files
 from ptq.config import ModelConfig, Normalization, QuantizationConfig
 from ptq.data.remote_inputs import Inputs, checkpoint_file, is_remote
-from ptq.models import factory_digest
+from ptq.graph.source import source_digest
+from ptq.networks.checkpoint import model_sources
+from ptq.networks.factory import factory_digest
 from ptq.onnx_preparation import equalize_onnx_model, prepare_onnx_model
-from ptq.onnx_source import source_digest
-from ptq.preparation import equalize_model, model_sources, plan_from_file, prepare_model
+from ptq.preparation import equalize_model, plan_from_file, prepare_model
 from ptq.records.calibration import CalibrationDraws
 from ptq.records.plan import ModelRecord
 from ptq.storage.store import open_store

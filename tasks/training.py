@@ -10,9 +10,9 @@ from prefect.logging import get_run_logger
 
 from ptq.config import TrainingConfig
 from ptq.files import write_file
+from ptq.networks.training import train_from_files, training_sources
 from ptq.records.data import DataRecord, PreparedImages, TrainingRecord
 from ptq.storage.store import open_store
-from ptq.training_run import train_from_files, training_sources
 from tasks.progress import progress_logger
 from tasks.stage import RunContext, stage
 

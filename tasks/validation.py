@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from prefect.logging import get_run_logger
 
-from ptq.graph_checks import check_graph
+from ptq.checks.run import check_graph
 from ptq.preparation import plan_from_file
 from ptq.records.graph import GraphChecks, GraphRecord
 from ptq.records.plan import ModelRecord

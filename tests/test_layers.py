@@ -42,14 +42,14 @@ SHARED_TASK_MODULES = ("tasks.retries", "tasks.stage", "tasks.progress", "tasks.
 
 # The files that may import a heavy library; torch and numpy may be imported anywhere below the flows.
 HOMES = {
-    "pytorch_quantization": {"ptq/fake_quant.py"},
+    "pytorch_quantization": {"ptq/networks/fake_quant.py"},
     "onnx_graphsurgeon": {
-        "ptq/onnx_graph.py",
-        "ptq/graph_checks.py",
-        "ptq/graph_walk.py",
-        "ptq/onnx_canonical.py",
-        "ptq/onnx_insertion.py",
-        "ptq/onnx_names.py",
+        "ptq/networks/export.py",
+        "ptq/checks/run.py",
+        "ptq/graph/nodes.py",
+        "ptq/graph/canonical.py",
+        "ptq/graph/insertion.py",
+        "ptq/graph/names.py",
     },
     "tensorrt": {"ptq/engines/tensorrt.py"},
     "openvino": {"ptq/engines/openvino.py"},
@@ -72,7 +72,7 @@ HOMES = {
     "sklearn": {"ptq/data/demo_digits.py"},
     "matplotlib": {"ptq/charts.py"},
     "jinja2": {"ptq/pages.py"},
-    "torchvision": {"ptq/models.py"},
+    "torchvision": {"ptq/networks/factory.py"},
     "distributed": {"tasks/dask_stages.py"},
     "prefect_dask": {"tasks/dask_stages.py"},
 }

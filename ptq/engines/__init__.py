@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import get_args
 
 from ptq.config import EngineName
-from ptq.engines.interface import ActivationReader, Engine, int8_share
+from ptq.engines.base import ActivationReader, Engine, int8_share
 from ptq.errors import EngineBuildError, UsageError
 
 __all__ = ["int8_share", "open_activation_readers", "open_engine"]
@@ -71,7 +71,7 @@ def open_activation_readers(observed: Path, *, workers: int) -> list[ActivationR
     Raises:
         EngineBuildError: the graph is refused.
     """
-    from ptq.engines.openvino import open_activation_readers as open_readers
+    from ptq.engines.openvino_activations import open_activation_readers as open_readers
 
     return open_readers(observed, workers=workers or _count_usable_cores())
 

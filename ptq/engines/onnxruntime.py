@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime
 
 from ptq.config import Precision
-from ptq.engines.interface import (
+from ptq.engines.base import (
     BuiltEngine,
     Float32Array,
     FloatRemainder,

@@ -8,7 +8,7 @@ import pytest
 from ptq import benchmarking
 from ptq.benchmarking import COMPUTE_ONLY, ONE_MODE, LoadedEngine, measure_engines
 from ptq.engines import int8_share, open_engine
-from ptq.engines.interface import TransferSamples
+from ptq.engines.base import TransferSamples
 from ptq.records.base import ArtifactRef
 from ptq.records.graph import EngineIdentity, EngineRecord, Int8Share
 from tests.ptq.engines.test_tensorrt import save_classifier

@@ -11,10 +11,10 @@ from ptq.collection import collect_statistics
 from ptq.device_statistics import DeviceStatistics, collect_statistics_on_device
 from ptq.dialect import observed_names
 from ptq.errors import CalibrationError
-from ptq.models import fold_model
+from ptq.networks.folding import fold_model
+from ptq.networks.observed import observed_from_folded
 from ptq.numerics.bias_correction import channel_sums_of, empty_channel_sums, merge_channel_sums
 from ptq.numerics.histogram import MIN_EXPONENT, add_, empty_histograms, histograms_of
-from ptq.observation import observed_from_folded
 from ptq.placement import place_quantizers
 
 CPU = torch.device("cpu")

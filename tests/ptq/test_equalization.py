@@ -7,11 +7,12 @@ from torch import fx, nn
 
 from ptq.dialect import observed_names
 from ptq.equalization import equalize_
-from ptq.models import create_model, fold_model
+from ptq.networks.factory import create_model
+from ptq.networks.folding import fold_model
+from ptq.networks.observed import observed_from_folded
+from ptq.networks.unfolding import unfolded_state
 from ptq.numerics.channel_factors import channel_ranges
-from ptq.observation import observed_from_folded
 from ptq.placement import place_quantizers
-from ptq.unfolding import unfolded_state
 from tests.support.networks import PLACEMENT, SmallResNet
 
 SHAPE = (3, 32, 32)

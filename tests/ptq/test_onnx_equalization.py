@@ -7,18 +7,19 @@ import torch
 import torch.nn.functional as F
 from onnx_networks import GraphMaker, exported
 from test_onnx_placement import Fire, Gate, ZeroPadded, prepared
-from test_onnx_source import run
 from torch import nn
 
 from ptq.dialect import observed_names
 from ptq.engines import open_activation_readers
 from ptq.equalization import equalize_
-from ptq.models import create_model, fold_model
+from ptq.graph.canonical import read_graph
+from ptq.graph.names import layers_of
+from ptq.networks.factory import create_model
+from ptq.networks.folding import fold_model
 from ptq.numerics.channel_factors import channel_ranges
-from ptq.onnx_canonical import read_graph
-from ptq.onnx_names import layers_of
 from ptq.onnx_placement import layer_name
 from ptq.onnx_preparation import equalize_onnx_model
+from tests.ptq.graph.test_source import run
 
 
 class Joined(nn.Module):

@@ -12,12 +12,13 @@ from onnx import numpy_helper
 from onnx_networks import GraphMaker, exported, small_graph
 from torch import nn
 
+from ptq.checks.run import check_graph
 from ptq.config import QuantizationConfig
 from ptq.errors import CheckpointError, ExportError, UsageError
-from ptq.graph_checks import check_graph
-from ptq.models import create_model, fold_model
-from ptq.onnx_graph import read_layers, write_candidate
-from ptq.onnx_insertion import write_qdq_template
+from ptq.graph.candidate import read_layers, write_candidate
+from ptq.graph.insertion import write_qdq_template
+from ptq.networks.factory import create_model
+from ptq.networks.folding import fold_model
 from ptq.onnx_preparation import prepare_onnx_model
 from ptq.placement import place_quantizers
 
@@ -234,7 +235,7 @@ def test_torchvisions_networks_have_the_quantizers_of_the_pytorch_way(tmp_path, 
 def test_an_observed_tensor_has_the_values_of_the_pytorch_way(tmp_path):
     from ptq.dialect import observed_names
     from ptq.engines import open_activation_readers
-    from ptq.observation import observed_from_folded
+    from ptq.networks.observed import observed_from_folded
 
     model = networks.small_resnet()
     found = prepared(exported(model, tmp_path / "m.onnx"), tmp_path, shape=(3, 24, 24))
@@ -251,7 +252,7 @@ def test_an_observed_tensor_has_the_values_of_the_pytorch_way(tmp_path):
 
 @pytest.mark.parametrize("dialect", ["cpu", "tensorrt"])
 def test_a_candidate_gives_the_logits_of_the_pytorch_way(tmp_path, dialect):
-    from test_onnx_graph import SHAPE, Prepared, run_onnx
+    from tests.support.networks.test_export import SHAPE, Prepared, run_onnx
 
     model = networks.small_resnet()
     (tmp_path / "torch").mkdir()

@@ -17,7 +17,8 @@ from networks import (
 from torch import fx, nn
 
 from ptq.errors import UsageError
-from ptq.models import create_model, fold_model
+from ptq.networks.factory import create_model
+from ptq.networks.folding import fold_model
 from ptq.placement import identity_operand, is_never_negative, place_quantizers, residual_adds
 
 ALL = {

@@ -5,12 +5,12 @@ from networks import PLACEMENT, Untraceable, small_resnet
 from torch import nn
 
 from ptq.errors import CalibrationError
-from ptq.fake_quant import fake_quant_from_folded, weight_amax
 from ptq.fallback import torch_threads
-from ptq.models import fold_model
+from ptq.networks.fake_quant import fake_quant_from_folded, weight_amax
+from ptq.networks.folding import fold_model
+from ptq.networks.unfolding import unfolded_state
 from ptq.placement import place_quantizers
 from ptq.qat import fine_tune_
-from ptq.unfolding import unfolded_state
 
 MEAN, STD = [0.5] * 3, [0.25] * 3
 

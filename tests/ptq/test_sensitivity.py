@@ -5,9 +5,9 @@ from networks import PLACEMENT, NeedsTwoMethods, Untraceable, small_resnet
 from torch import nn
 
 from ptq.errors import CalibrationError
-from ptq.fake_quant import fake_quant_from_folded, weight_amax
 from ptq.fallback import torch_threads
-from ptq.models import fold_model
+from ptq.networks.fake_quant import fake_quant_from_folded, weight_amax
+from ptq.networks.folding import fold_model
 from ptq.numerics.metrics import SQNR_LIMIT_DB
 from ptq.placement import place_quantizers
 from ptq.sensitivity import best_methods, float_groups, layer_sqnr_db, quantizer_sqnr_db, quantizers_of_layers

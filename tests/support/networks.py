@@ -225,6 +225,6 @@ def small_densenet(num_classes=5):
 def _torchvision():
     import torchvision
 
-    import ptq.models  # noqa: F401  (a build of torch without CUDA needs its schemas first)
+    import ptq.networks.factory  # noqa: F401  (a build of torch without CUDA needs its schemas first)
 
     return torchvision.models

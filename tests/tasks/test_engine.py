@@ -1,7 +1,7 @@
 import pytest
 from prefect.logging import disable_run_logger
 
-from ptq.engines.interface import BuiltEngine
+from ptq.engines.base import BuiltEngine
 from ptq.records.graph import EngineIdentity, LayerReport
 from ptq.storage.store import open_store
 from tasks import engine

@@ -77,7 +77,7 @@ def test_there_are_stages_to_look_at():
         ("ptq/data/images.py", "network_input", {
             *ON_READERS, *EVALUATIONS, "choose_methods", "rank_layers", "fine_tune", "train_classifier",
         }),
-        ("ptq/graph_checks.py", "check_graph", {"validate_graph"}),
+        ("ptq/checks/run.py", "check_graph", {"validate_graph"}),
         ("ptq/gate.py", "decide", {"decide"}),
         ("ptq/numerics/metrics.py", "mcnemar_p", {"select_candidate", "compare_with_served"}),
         ("ptq/regression.py", "compare", {"compare_with_served"}),

@@ -12,7 +12,7 @@ from ptq.data.images import decode_image, network_input, png_from_pixels, resize
 from ptq.errors import ManifestError
 
 # Through `models`, which makes torchvision importable beside a torch without CUDA.
-from ptq.models import torchvision
+from ptq.networks.factory import torchvision
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)

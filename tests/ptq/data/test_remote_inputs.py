@@ -16,7 +16,7 @@ from ptq.data import decoding
 from ptq.data import index as index_module
 from ptq.data.remote_inputs import Inputs
 from ptq.errors import ArtifactError, CheckpointError, ManifestError, UsageError
-from ptq.models import read_state_dict
+from ptq.networks.checkpoint import read_state_dict
 from ptq.storage.cache import ObjectCache
 from ptq.storage.local_folder import LocalFolder
 from ptq.storage.s3_reader import RemoteObjects

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ptq.config import QuantizationConfig
 from ptq.engines import open_activation_readers
-from ptq.engines.interface import StreamingReader
+from ptq.engines.base import StreamingReader
 from ptq.errors import EngineBuildError
 from ptq.preparation import prepare_model
 

@@ -9,7 +9,7 @@ import openvino
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from ptq.engines.interface import BuiltEngine, int8_share
+from ptq.engines.base import BuiltEngine, int8_share
 from ptq.engines.openvino import OpenVinoEngine, report_layers
 from ptq.errors import EngineBuildError
 

@@ -8,16 +8,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from ptq.engines.interface import int8_share
-from ptq.engines.tensorrt import (
-    ApiSurface,
-    BuildPlan,
-    TensorRtEngine,
-    build_plan,
-    find_problem,
-    layers_from_inspector,
-    probe_cuda,
-)
+from ptq.engines.base import int8_share
+from ptq.engines.tensorrt import TensorRtEngine, find_problem, probe_cuda
+from ptq.engines.tensorrt_plan import ApiSurface, BuildPlan, build_plan, layers_from_inspector
 from ptq.errors import EngineBuildError
 
 PROBLEM = find_problem()

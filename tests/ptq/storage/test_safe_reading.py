@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ptq.errors import CheckpointError
-from ptq.models import read_state_dict
+from ptq.networks.checkpoint import read_state_dict
 
 ROOT = Path(__file__).resolve().parents[3]
 # What Dask's scheduler and workers send each other they pickle; it is neither kept nor read from anywhere else.

@@ -4,10 +4,10 @@ import torch
 from networks import small_resnet
 
 from ptq.config import QuantizationConfig
-from ptq.fake_quant import weight_amax
-from ptq.models import fold_model
+from ptq.graph.candidate import read_layers
+from ptq.networks.fake_quant import weight_amax
+from ptq.networks.folding import fold_model
 from ptq.numerics.amax import amax_from_weight
-from ptq.onnx_graph import read_layers
 from ptq.preparation import prepare_model, write_template
 
 

@@ -11,9 +11,9 @@ from onnx_networks import GraphMaker, exported, small_graph
 from torch import nn
 
 from ptq.errors import CheckpointError
-from ptq.onnx_canonical import canonical_graph, save_graph
-from ptq.onnx_names import layers_of
-from ptq.onnx_source import read_source, source_digest
+from ptq.graph.canonical import canonical_graph, save_graph
+from ptq.graph.names import layers_of
+from ptq.graph.source import read_source, source_digest
 
 SHAPE = (3, 8, 8)
 

@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 
 from ptq.data.images import resize_pixels
 from ptq.errors import ManifestError, UsageError
-from ptq.training import (
+from ptq.networks.training import (
     batches_of,
     evaluate_classifier,
     learning_rates,

@@ -5,10 +5,10 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from ptq.checks.run import check_graph
 from ptq.errors import ExportError
-from ptq.graph_checks import check_graph
 from ptq.records.graph import GraphChecks
-from tests.ptq.test_graph_checks import sound_graph
+from tests.ptq.checks.test_run import sound_graph
 
 
 def drop_an_input(model: ModelProto, random: np.random.Generator) -> None:

@@ -19,7 +19,6 @@ from ptq.config import Dialect, WeightMethod
 from ptq.dialect import is_unsigned
 from ptq.errors import CalibrationError
 from ptq.numerics.amax import amax_from_weight
-from ptq.placement import weight_axis
 from ptq.records.plan import PlacementPlan, QuantizerSpec
 
 # The import hands the root logger over to absl: its handler comes, those that write to the console go.
@@ -202,3 +201,8 @@ def set_activation_amax_(model: nn.Module, plan: PlacementPlan, activation_amax:
     for spec in plan.activations:
         for module in modules[spec.name]:
             module._amax.fill_(activation_amax[spec.name])
+
+
+def weight_axis(layer: nn.Module) -> int:
+    """Returns the output-channel axis of a layer's weight: 1 for ConvTranspose, 0 for Conv and Linear."""
+    return 1 if isinstance(layer, nn.ConvTranspose2d) else 0

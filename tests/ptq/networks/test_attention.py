@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from ptq.attention import original_name
-from ptq.models import create_model, fold_model
+from ptq.networks.attention import original_name
+from ptq.networks.factory import create_model
+from ptq.networks.folding import fold_model
+from ptq.networks.unfolding import unfolded_state
 from ptq.placement import place_quantizers
-from ptq.unfolding import unfolded_state
 from tests.support.networks import PLACEMENT, small_vision_transformer
 
 GENERATOR = torch.Generator()

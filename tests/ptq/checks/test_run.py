@@ -10,8 +10,8 @@ import onnx
 import pytest
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from ptq.checks.run import CHECKS, FILE_CHECKS, PROTOBUF_LIMIT_BYTES, check_graph
 from ptq.errors import ExportError
-from ptq.graph_checks import CHECKS, FILE_CHECKS, PROTOBUF_LIMIT_BYTES, check_graph
 from ptq.records.graph import GraphChecks
 from ptq.terminal import table_of_checks
 

@@ -10,23 +10,19 @@ from onnx import numpy_helper
 
 from ptq.dialect import amax_bound, observed_names
 from ptq.errors import ExportError
-from ptq.fake_quant import (
+from ptq.graph.candidate import write_candidate
+from ptq.graph.names import observed_output
+from ptq.graph.summary import summarize_onnx
+from ptq.networks.export import HalfPrecision, export_onnx, export_qdq_template
+from ptq.networks.fake_quant import (
     enabled_quantizers,
     exportable_fake_quant,
     fake_quant_from_folded,
     quantizer_module_name,
     weight_amax,
 )
-from ptq.models import fold_model
-from ptq.observation import observed_from_folded
-from ptq.onnx_graph import (
-    HalfPrecision,
-    export_onnx,
-    export_qdq_template,
-    observed_output,
-    summarize_onnx,
-    write_candidate,
-)
+from ptq.networks.folding import fold_model
+from ptq.networks.observed import observed_from_folded
 from ptq.placement import place_quantizers
 
 SHAPE = (3, 16, 16)

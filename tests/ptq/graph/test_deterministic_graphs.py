@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 # Hash randomization differs from process to process, and with it the order of a set.
 PROGRAM = """
 import hashlib, sys
 from pathlib import Path
 import torch
-from ptq.half_precision import half_from_float32
+from ptq.graph.half_precision import half_from_float32
 from ptq.config import QuantizationConfig
-from ptq.onnx_graph import write_candidate
+from ptq.graph.candidate import write_candidate
 from ptq.preparation import prepare_model, write_float_model, write_template
 import onnx
 from tests.support.networks import small_resnet

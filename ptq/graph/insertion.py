@@ -13,9 +13,9 @@ import onnx_graphsurgeon as gs
 
 from ptq.config import WeightMethod
 from ptq.errors import ExportError
+from ptq.graph.canonical import save_graph
+from ptq.graph.names import observed_output
 from ptq.numerics.amax import amax_from_weight
-from ptq.onnx_canonical import save_graph
-from ptq.onnx_graph import observed_output
 from ptq.records.plan import PlacementPlan, QuantizerSpec
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from ptq.engines import open_engine, tensorrt
-from ptq.engines.interface import int8_share, pad_batch, require_batch_size, require_classifier, time_calls
+from ptq.engines.base import int8_share, pad_batch, require_batch_size, require_classifier, time_calls
 from ptq.errors import EngineBuildError, UsageError
 from ptq.records.graph import LayerReport
 

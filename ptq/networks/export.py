@@ -8,25 +8,21 @@ their Q, which every TensorRT generation reads. What is wrong with a graph is fo
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import torch
-from onnx import numpy_helper
 from torch import nn
 
-from ptq.config import Dialect
-from ptq.dialect import amax_bound, is_unsigned
 from ptq.errors import ExportError
-from ptq.fake_quant import QUANTIZER_PREFIX, exportable_fake_quant
+from ptq.graph.names import observed_output
+from ptq.networks.fake_quant import QUANTIZER_PREFIX, exportable_fake_quant
 from ptq.records.plan import PlacementPlan
 
 OPSET = 17  # the newest that TensorRT 8.6 reads
 INPUT_NAME, OUTPUT_NAME = "images", "logits"
-_QDQ = ("QuantizeLinear", "DequantizeLinear")
 _TRANSPARENT = ("Identity", "Cast")
 
 
@@ -81,11 +77,6 @@ def _without_attention_fast_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
-
-
-def observed_output(name: str) -> str:
-    """Returns the name of the graph output that carries the observed tensor `name`."""
-    return f"observed.{name}"
 
 
 def _inline_constants_(graph: gs.Graph) -> None:
@@ -208,155 +199,6 @@ def _activation_quantizer(node: gs.Node, plan: PlacementPlan, weights: Mapping[s
                 if weight.name in weights:
                     return weights[weight.name].removesuffix(".weight")
     return None
-
-
-def write_candidate(
-    template: Path,
-    path: Path,
-    *,
-    plan: PlacementPlan,
-    dialect: Dialect,
-    activation_amax: Mapping[str, float],
-    metadata: Mapping[str, str],
-    biases: Mapping[str, np.ndarray] | None = None,
-) -> None:
-    """Writes the template with the scales and zero points of one amax table; weights keep the template's scales.
-
-    Args:
-        template: the file of `export_qdq_template`.
-        path: file to write; its bytes depend on the arguments alone.
-        plan: the placement plan.
-        dialect: `tensorrt` for int8 throughout, `cpu` for uint8 where a tensor is never negative.
-        activation_amax: amax by activation quantizer name, in activation units, positive.
-        metadata: entries of the file's metadata, their names prefixed with `ptq.`.
-        biases: float32 (channels,) by layer name, in place of the template's; None leaves them. Layers that the plan
-            does not quantize keep theirs.
-
-    Raises:
-        ExportError: the template lacks a scale of the plan.
-    """
-    model = onnx.load(template)
-    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-    for spec in plan.activations:
-        for suffix in ("scale", "zero_point"):
-            if f"{spec.name}.{suffix}" not in initializers:
-                raise ExportError(f"The template has no initializer {spec.name}.{suffix}; export the template again.")
-        scale = np.array(activation_amax[spec.name] / amax_bound(spec, dialect), dtype=np.float32)
-        zero_point = np.zeros((), dtype=np.uint8 if is_unsigned(spec, dialect) else np.int8)
-        for suffix, value in (("scale", scale), ("zero_point", zero_point)):
-            name = f"{spec.name}.{suffix}"
-            initializers[name].CopyFrom(numpy_helper.from_array(value, name))
-    if biases is not None:
-        for layer, name in _bias_names(model, plan).items():
-            if layer in biases:
-                initializers[name].CopyFrom(numpy_helper.from_array(np.asarray(biases[layer], dtype=np.float32), name))
-    del model.metadata_props[:]
-    for key, text in sorted({**metadata, "dialect": dialect}.items()):
-        entry = model.metadata_props.add()
-        entry.key, entry.value = f"ptq.{key}", text
-    path.write_bytes(model.SerializeToString(deterministic=True))
-
-
-@dataclass(frozen=True, slots=True)
-class LayerParameters:
-    """Weight, scale per output channel, bias and groups of a quantized layer in a template."""
-
-    name: str
-    weight: np.ndarray
-    scale: np.ndarray
-    bias: np.ndarray
-    groups: int
-
-
-def read_layers(template: Path, *, plan: PlacementPlan) -> list[LayerParameters]:
-    """Returns the parameters of every quantized layer of a template that has a bias."""
-    model = onnx.load(template)
-    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-    nodes = _layer_nodes(model, plan)
-    return [
-        LayerParameters(
-            name=layer,
-            weight=numpy_helper.to_array(initializers[f"{layer}.weight"]),
-            scale=numpy_helper.to_array(initializers[f"{layer}.weight.scale"]),
-            bias=numpy_helper.to_array(initializers[bias]),
-            groups=next((attribute.i for attribute in nodes[layer].attribute if attribute.name == "group"), 1),
-        )
-        for layer, bias in _bias_names(model, plan).items()
-    ]
-
-
-def _layer_nodes(model: onnx.ModelProto, plan: PlacementPlan) -> dict[str, onnx.NodeProto]:
-    """The node of every quantized layer, found through its weight: weight -> Q -> DQ (-> Transpose) -> node."""
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    found = {}
-    for layer in plan.quantized_layers:
-        tensor = f"{layer}.weight"
-        while tensor in readers and readers[tensor][0].op_type in (*_QDQ, "Transpose", "Identity"):
-            tensor = readers[tensor][0].output[0]
-        if tensor in readers:
-            found[layer] = readers[tensor][0]
-    return found
-
-
-def _bias_names(model: onnx.ModelProto, plan: PlacementPlan) -> dict[str, str]:
-    """The initializer that holds the bias of every quantized layer that has one, by layer name."""
-    initializers = {tensor.name for tensor in model.graph.initializer}
-    names = {}
-    for layer, node in _layer_nodes(model, plan).items():
-        if len(node.input) > 2 and node.input[2] in initializers:
-            names[layer] = node.input[2]
-        elif f"{layer}.bias" in initializers:  # a linear layer on tokens is MatMul and Add
-            names[layer] = f"{layer}.bias"
-    return names
-
-
-@dataclass(frozen=True, slots=True)
-class GraphSummary:
-    """What a file is: its input shape with None for a dynamic dimension, its logits and its Q/DQ pairs."""
-
-    input_name: str
-    input_shape: tuple[int | None, ...]
-    output_names: tuple[str, ...]
-    outputs: int | None
-    quantize_nodes: int
-    metadata: dict[str, str]
-
-
-def summarize_onnx(path: Path) -> GraphSummary:
-    """Returns what the ONNX file at `path` is.
-
-    Raises:
-        ExportError: there is no such file, or it is not an ONNX model with one image input.
-    """
-    try:
-        model = onnx.load(path)
-    except FileNotFoundError as error:
-        raise ExportError(f"Model {path} does not exist. Give the path of an ONNX file.") from error
-    except Exception as error:  # protobuf and onnx raise several kinds, all meaning: not a model
-        raise ExportError(
-            f"{path} is not an ONNX model: {str(error).splitlines()[0][:160]}. Give an ONNX file."
-        ) from error
-    initializers = {tensor.name for tensor in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in initializers]
-    if len(inputs) != 1 or len(inputs[0].type.tensor_type.shape.dim) != 4:
-        raise ExportError(f"{path} has {len(inputs)} inputs; expected one, of images with shape (n, c, h, w).")
-    dimensions = inputs[0].type.tensor_type.shape.dim
-    return GraphSummary(
-        input_name=inputs[0].name,
-        input_shape=tuple(d.dim_value if d.HasField("dim_value") else None for d in dimensions),
-        output_names=tuple(value.name for value in model.graph.output),
-        outputs=_last_dimension(model.graph.output[0]) if model.graph.output else None,
-        quantize_nodes=sum(node.op_type == "QuantizeLinear" for node in model.graph.node),
-        metadata={entry.key: entry.value for entry in model.metadata_props},
-    )
-
-
-def _last_dimension(value: onnx.ValueInfoProto) -> int | None:
-    dimensions = value.type.tensor_type.shape.dim
-    return dimensions[-1].dim_value if dimensions and dimensions[-1].HasField("dim_value") else None
 
 
 class HalfPrecision(nn.Module):

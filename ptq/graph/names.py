@@ -9,7 +9,13 @@ from collections.abc import Iterator
 
 import onnx_graphsurgeon as gs
 
-from ptq.graph_walk import Layer, QdqGraph
+from ptq.graph.qdq_graph import Layer, QdqGraph
+
+
+def observed_output(name: str) -> str:
+    """Returns the name of the graph output that carries the observed tensor `name`."""
+    return f"observed.{name}"
+
 
 # Endings of names that the Q/DQ graph gives to its own initializers.
 _RESERVED = (".scale", ".zero_point", ".weight", ".bias")

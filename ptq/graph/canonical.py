@@ -13,8 +13,8 @@ import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from ptq.errors import CheckpointError
-from ptq.onnx_names import bias_add, layers_of, module_of, rename_
-from ptq.onnx_source import OnnxSource
+from ptq.graph.names import bias_add, layers_of, module_of, rename_
+from ptq.graph.source import OnnxSource
 
 BATCH = "n"
 _NOTHING_AT_INFERENCE = ("Identity", "Dropout")

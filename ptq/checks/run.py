@@ -20,14 +20,11 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from ptq.config import Dialect
 from ptq.errors import ExportError
-from ptq.graph_walk import (
+from ptq.graph.nodes import (
     DEQUANTIZE,
     QUANTIZE,
     RESHAPING,
-    Layer,
     Node,
-    QdqGraph,
-    Weight,
     better_axis,
     channel_ratios,
     constant,
@@ -41,6 +38,7 @@ from ptq.graph_walk import (
     walk_back,
     zero_point_of,
 )
+from ptq.graph.qdq_graph import Layer, QdqGraph, Weight
 from ptq.records.graph import GraphChecks, GraphFinding
 
 OPSET_MINIMUM = 13

@@ -4,12 +4,14 @@ import pytest
 import torch
 from networks import Untraceable, small_resnet
 
+from ptq.checks.run import check_graph
 from ptq.dialect import observed_names
-from ptq.fake_quant import fake_quant_from_folded, weight_amax
-from ptq.graph_checks import check_graph
-from ptq.models import create_model, fold_model
-from ptq.observation import observed_from_folded
-from ptq.onnx_graph import export_qdq_template, write_candidate
+from ptq.graph.candidate import write_candidate
+from ptq.networks.export import export_qdq_template
+from ptq.networks.factory import create_model
+from ptq.networks.fake_quant import fake_quant_from_folded, weight_amax
+from ptq.networks.folding import fold_model
+from ptq.networks.observed import observed_from_folded
 from ptq.placement import place_quantizers
 from tests.support.networks import PLACEMENT
 

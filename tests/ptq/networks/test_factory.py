@@ -5,7 +5,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ptq.errors import CheckpointError, ExportError, UsageError
-from ptq.models import check_runs, create_model, factory_digest, fold_model, head_size, load_weights_, read_state_dict
+from ptq.networks.checkpoint import head_size, load_weights_, read_state_dict
+from ptq.networks.factory import create_model, factory_digest
+from ptq.networks.folding import check_runs, fold_model
 
 IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 

@@ -6,9 +6,9 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from ptq.checks.run import check_graph
 from ptq.errors import ExportError
-from ptq.graph_checks import check_graph
-from ptq.half_precision import HALF_SMALLEST_NORMAL, half_from_float32, is_half
+from ptq.graph.half_precision import HALF_SMALLEST_NORMAL, half_from_float32, is_half
 
 GENERATOR = np.random.default_rng(5)
 IMAGES = GENERATOR.normal(size=(4, 3, 12, 12)).astype(np.float32)

@@ -7,8 +7,8 @@ network as it was built, so that every later stage loads them like any other.
 import torch
 from torch import fx, nn
 
-from ptq.attention import original_name
-from ptq.models import FoldedModel
+from ptq.networks.attention import original_name
+from ptq.networks.folding import FoldedModel
 
 _BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 

@@ -1,0 +1,1 @@
+"""Is a Q/DQ file fit for an engine?"""

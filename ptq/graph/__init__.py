@@ -1,0 +1,1 @@
+"""What is in an ONNX file, and how is it changed? No PyTorch here."""

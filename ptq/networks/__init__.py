@@ -1,0 +1,1 @@
+"""What is in a PyTorch network, and how is it changed?"""

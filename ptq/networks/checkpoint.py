@@ -1,0 +1,129 @@
+"""Which weights does a checkpoint hold, and do they fit the network?"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from ptq.errors import CheckpointError
+from ptq.files import file_sha256
+from ptq.networks.factory import create_model, factory_digest, first_line
+
+_STATE_KEYS = ("model_state_dict", "state_dict", "model")
+
+
+def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """Returns the weights in a checkpoint, in float32 where they are floating.
+
+    Accepts `.safetensors`, and what `torch.save` wrote: a plain state dict, or a dict that has one under
+    `model_state_dict`, `state_dict` or `model`. The prefix `module.` of DataParallel is removed. Nothing is
+    unpickled but tensors (`weights_only=True`).
+
+    Raises:
+        CheckpointError: the file is absent, is no checkpoint, or holds something else than tensors.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"Checkpoint {path} does not exist. Give the path of a .pth, .pt or .safetensors file.")
+    try:
+        if path.suffix == ".safetensors":
+            content: object = safetensors.torch.load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the two libraries raise a dozen kinds, all meaning: not a checkpoint
+        raise CheckpointError(
+            f"Checkpoint {path} ({path.stat().st_size:,} bytes) holds no weights that can be read safely: "
+            f"{first_line(error)} Expected a state dict written by torch.save(model.state_dict(), ...) or a "
+            ".safetensors file."
+        ) from error
+    for key in _STATE_KEYS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if (
+        not isinstance(content, Mapping)
+        or not content
+        or not all(isinstance(v, torch.Tensor) for v in content.values())
+    ):
+        found = f"a dict with the keys {list(content)[:5]}" if isinstance(content, Mapping) else type(content).__name__
+        raise CheckpointError(
+            f"Checkpoint {path} holds {found}, not a state dict. Expected tensors by name, plain or under "
+            f"{', '.join(_STATE_KEYS)}. Save model.state_dict()."
+        )
+    state = {str(key).removeprefix("module."): value for key, value in content.items()}
+    return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+
+
+def head_size(state: Mapping[str, torch.Tensor], *, name: str, channels: int) -> int:
+    """Returns the number of outputs that a checkpoint gives the network `name`: the rows of its last weight.
+
+    The order of the weights is the network's: a checkpoint may name them in any order.
+
+    Raises:
+        CheckpointError: the checkpoint lacks the network's last weight.
+    """
+    weights = [key for key, value in create_model(name, num_classes=2, channels=channels).state_dict().items()
+               if value.ndim in (2, 4)]  # fmt: skip
+    if not weights or weights[-1] not in state:
+        found = ", ".join(list(state)[:3])
+        raise CheckpointError(
+            f"The checkpoint has no {weights[-1] if weights else 'weight'}, the last weight of {name}; it has "
+            f"{found}, ... ({len(state)} tensors). Give the weights of {name}, or name their network with --model."
+        )
+    return int(state[weights[-1]].shape[0])
+
+
+def load_weights_(model: nn.Module, state: Mapping[str, torch.Tensor], *, name: str, source: str) -> None:
+    """Loads `state` into `model`, strictly.
+
+    Raises:
+        CheckpointError: keys or shapes differ; the message names the first of them and the likeliest cause.
+    """
+    expected = model.state_dict()
+    optional = {key for key in expected if key.endswith("num_batches_tracked")}
+    missing = [key for key in expected if key not in state and key not in optional]
+    unexpected = [key for key in state if key not in expected]
+    shapes = [
+        f"{key} is {tuple(state[key].shape)}, the model has {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    if missing or unexpected or shapes:
+        parts = []
+        if missing:
+            parts.append(f"lacks {len(missing)} keys ({', '.join(missing[:3])})")
+        if unexpected:
+            parts.append(f"has {len(unexpected)} unknown keys ({', '.join(unexpected[:3])})")
+        if shapes:
+            parts.append(f"differs in {len(shapes)} shapes ({'; '.join(shapes[:2])})")
+        raise CheckpointError(
+            f"Checkpoint {source} does not fit {name}: it {', '.join(parts)}. Expected the weights of {name} with "
+            f"this data's classes and channels. Check --model, --channels and the number of class folders."
+        )
+    incomplete = {**{key: expected[key] for key in optional}, **state}
+    model.load_state_dict(incomplete, strict=True)
+    bad = [key for key, value in state.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+    if bad:
+        raise CheckpointError(
+            f"Checkpoint {source} holds NaN or infinity in {len(bad)} tensors ({', '.join(bad[:3])}). Expected finite "
+            "weights. The training run that wrote it has probably diverged."
+        )
+
+
+def checkpoint_digest(checkpoint: Path) -> str:
+    """Returns the SHA-256 of a checkpoint.
+
+    Raises:
+        CheckpointError: there is no such file.
+    """
+    if not checkpoint.is_file():
+        raise CheckpointError(
+            f"Checkpoint {checkpoint} does not exist. Give the path of a .pth, .pt or .safetensors file."
+        )
+    return file_sha256(checkpoint)
+
+
+def model_sources(name: str, checkpoint: Path) -> list[str]:
+    """Returns the digests of a checkpoint and of a factory's sources; CheckpointError if the checkpoint is absent."""
+    return [checkpoint_digest(checkpoint), factory_digest(name)]

@@ -1,0 +1,124 @@
+"""Which network does a checkpoint hold, and what does it look like once BatchNorm is folded?
+
+Builds torchvision classifiers and a user's own `package.module:factory`, reads weights without unpickling
+code, and traces the network into a flat `torch.fx` graph without in-place operations, BatchNorm or dropout.
+Quantizers are placed elsewhere. The only importer of torchvision.
+"""
+
+import hashlib
+import importlib.util
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ptq.errors import UsageError
+from ptq.files import file_sha256
+
+try:
+    # A build of torch without CUDA beside the index's torchvision fails at import: the operators it registers
+    # kernels for do not exist. Their schemas are all it needs.
+    _SCHEMAS = torch.library.Library("torchvision", "FRAGMENT")
+    for _name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, _name):
+            _SCHEMAS.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+finally:
+    import torchvision
+
+
+def create_model(name: str, *, num_classes: int, channels: int, seed: int = 0) -> nn.Module:
+    """Returns the network `name` with random weights, in `eval()`.
+
+    With 1 channel the first convolution is replaced by a 1-channel one of the same shape.
+
+    Args:
+        name: a torchvision classifier, or `package.module:factory`; a factory is called with
+            `num_classes` if it takes that argument.
+        num_classes: outputs of the last layer, at least 1.
+        channels: channels of the input, 1 or 3.
+        seed: decides the random weights; torch's own generator is left as it was.
+
+    Raises:
+        UsageError: there is no such network.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _built(name, num_classes, channels)
+
+
+def _built(name: str, num_classes: int, channels: int) -> nn.Module:
+    if ":" in name:
+        model = _from_factory(name, num_classes)
+    else:
+        known = torchvision.models.list_models(module=torchvision.models)
+        if name not in known:
+            close = [other for other in known if other[:6] == name[:6]] or known
+            raise UsageError(
+                f"model.name is {name!r}; torchvision has no such classifier. Close to it: {', '.join(close[:12])}. "
+                "Give one of torchvision's names or package.module:factory."
+            )
+        keywords = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+        model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **keywords)
+    if channels != 3:
+        _replace_stem_(model, channels)
+    return model.eval()
+
+
+def _from_factory(name: str, num_classes: int) -> nn.Module:
+    module_name, _, attribute = name.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(
+            f"model.name is {name!r}, which cannot be imported: {error}. Expected package.module:factory with the "
+            "package on PYTHONPATH."
+        ) from error
+    try:
+        model = factory(num_classes=num_classes)
+    except TypeError:
+        model = factory()
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"{name} returned a {type(model).__name__}; expected a torch.nn.Module.")
+    return model
+
+
+def _replace_stem_(model: nn.Module, channels: int) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            if module.in_channels == channels:
+                return
+            stem = nn.Conv2d(
+                channels,
+                module.out_channels,
+                module.kernel_size,
+                stride=module.stride,
+                padding=module.padding,
+                dilation=module.dilation,
+                bias=module.bias is not None,
+            )
+            parent, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, stem)
+            return
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first sentence of an error's message, with a full stop."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0][:160]
+    return line if line.endswith(".") else line + "."
+
+
+def factory_digest(name: str) -> str:
+    """Returns the SHA-256 of the sources of a `package.module:factory`; empty for torchvision's networks.
+
+    All Python files of the factory's top-level package count, or the one file of a top-level module.
+    """
+    if ":" not in name:
+        return ""
+    specification = importlib.util.find_spec(name.split(":")[0].split(".")[0])
+    if specification is None:
+        return ""
+    folders = list(specification.submodule_search_locations or [])
+    files = [path for folder in folders for path in sorted(Path(folder).rglob("*.py"))]
+    if specification.origin and Path(specification.origin).is_file() and not folders:
+        files = [Path(specification.origin)]
+    return hashlib.sha256("".join(file_sha256(path) for path in files).encode()).hexdigest()
