@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.subject import Subject, arguments, temporary_subject, write_result
-from ptq.calibration import statistics_from_files
+from ptq.calibration.calibrate import statistics_from_files
 from ptq.data import decoding
 from ptq.data import index as index_module
-from ptq.preparation import plan_from_file
+from ptq.quantization.prepared import plan_from_file
 
 COUNTS = (64, 512, 2048)
 

@@ -32,14 +32,14 @@ import safetensors.torch
 import torch
 
 from benchmarks.subject import Subject, arguments, temporary_subject, write_result
-from ptq.calibration import channel_axes
-from ptq.collection import TrialStatistics, collect_statistics
+from ptq.calibration.calibrate import channel_axes
+from ptq.calibration.statistics import TrialStatistics, collect_statistics
 from ptq.config import METHODS
 from ptq.data.images import network_input
 from ptq.dialect import observed_names
 from ptq.engines import open_activation_readers
 from ptq.networks.observed import observed_from_folded
-from ptq.preparation import folded_from_state
+from ptq.quantization.prepare_torch import folded_from_state
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

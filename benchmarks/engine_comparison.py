@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.subject import Subject, arguments, temporary_subject, write_result
-from ptq.benchmarking import measure_files
 from ptq.config import Precision, QuantizationConfig
 from ptq.engines import int8_share, open_engine
 from ptq.engines.base import Engine
+from ptq.evaluation.benchmark import measure_files
 from ptq.numerics.metrics import cosine_per_image, sqnr_db
 from ptq.numerics.paired_test import paired_comparison
 from ptq.records.base import to_jsonable

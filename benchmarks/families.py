@@ -24,8 +24,8 @@ import torch
 from benchmarks.family_networks import FAMILIES, MEAN, STD, image_side, random_pixels, realistic_network
 from benchmarks.parity import one_at_a_time
 from benchmarks.subject import write_result
-from ptq.benchmarking import machine_description
-from ptq.calibration import amax_table, statistics_from_files
+from ptq.calibration.amax_tables import amax_table
+from ptq.calibration.calibrate import statistics_from_files
 from ptq.checks.run import check_graph
 from ptq.config import Dialect, PreprocessingConfig, QuantizationConfig
 from ptq.data import decoding, sampling
@@ -33,13 +33,15 @@ from ptq.data import index as index_module
 from ptq.data.images import network_input
 from ptq.engines import int8_share, open_engine
 from ptq.engines.base import Engine, Runner
+from ptq.evaluation.benchmark import machine_description
 from ptq.files import npy_from_array
 from ptq.graph.candidate import write_candidate
 from ptq.graph.summary import summarize_onnx
 from ptq.networks.fake_quant import exportable_fake_quant, fake_quant_from_folded, weight_amax
 from ptq.numerics.latency import TimedCalls, interleave, summarize
 from ptq.numerics.metrics import cosine_per_image, sqnr_db
-from ptq.preparation import PreparedModel, folded_from_state, prepare_model, write_template
+from ptq.quantization.prepare_torch import folded_from_state, prepare_model, write_template
+from ptq.quantization.prepared import PreparedModel
 
 DIALECTS: tuple[Dialect, ...] = ("cpu", "tensorrt")
 METADATA = {"checkpoint_sha256": "random weights", "method": "percentile_99.99", "trial": "0"}

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from benchmarks.subject import Subject, arguments, temporary_subject, write_result
-from ptq.calibration import channel_axes
-from ptq.collection import Reader, TrialStatistics, collect_statistics, merge_statistics
+from ptq.calibration.calibrate import channel_axes
+from ptq.calibration.statistics import Reader, TrialStatistics, collect_statistics, merge_statistics
 from ptq.config import METHODS
 from ptq.data.images import network_input
 from ptq.dialect import observed_names

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from benchmarks.subject import Subject, arguments, temporary_subject, write_result
-from ptq.calibration import (
+from ptq.calibration.amax_tables import amax_table
+from ptq.calibration.calibrate import (
     RANGE_IMAGES,
-    amax_table,
     corrected_biases,
     means_by_name,
     ranges_from_files,
@@ -32,7 +32,7 @@ from ptq.networks.checkpoint import load_weights_, read_state_dict
 from ptq.networks.factory import create_model
 from ptq.numerics.metrics import sqnr_db
 from ptq.numerics.paired_test import paired_comparison
-from ptq.onnx_preparation import equalize_onnx_model, prepare_onnx_model
+from ptq.quantization.prepare_onnx import equalize_onnx_model, prepare_onnx_model
 from ptq.records.plan import PlacementPlan
 
 BATCH = 20

@@ -13,7 +13,7 @@ from benchmarks.subject import arguments, temporary_subject, write_result
 from ptq.engines import open_engine
 from ptq.networks.fake_quant import exportable_fake_quant, fake_quant_from_folded, weight_amax
 from ptq.numerics.metrics import cosine_per_image, sqnr_db
-from ptq.preparation import folded_from_state
+from ptq.quantization.prepare_torch import folded_from_state
 
 
 def main() -> None:

@@ -5,9 +5,9 @@ pools and before max pools, in both dialects, at batch 1 and 32, interleaved in 
 """
 
 from benchmarks.subject import arguments, temporary_subject, write_result
-from ptq.benchmarking import measure_files
 from ptq.config import QuantizationConfig
 from ptq.engines import open_engine
+from ptq.evaluation.benchmark import measure_files
 
 PLACEMENTS = {
     "layers_only": QuantizationConfig(residuals=False, pools=False, commuting_pools=False),

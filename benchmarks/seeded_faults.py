@@ -28,7 +28,7 @@ from ptq.data.images import network_input
 from ptq.engines.openvino_activations import open_activation_readers
 from ptq.graph.candidate import write_candidate
 from ptq.numerics.metrics import cosine_per_image
-from ptq.preparation import prepare_model, write_template
+from ptq.quantization.prepare_torch import prepare_model, write_template
 
 NETWORKS = ("resnet18", "resnet50", "mobilenet_v2")
 DIALECTS: tuple[Dialect, ...] = ("tensorrt", "cpu")

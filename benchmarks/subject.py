@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from ptq.benchmarking import machine_description
-from ptq.calibration import (
+from ptq.calibration.amax_tables import amax_table
+from ptq.calibration.calibrate import (
     RANGE_IMAGES,
-    amax_table,
     corrected_biases,
     means_by_name,
     ranges_from_files,
@@ -27,11 +26,13 @@ from ptq.calibration import (
 from ptq.config import Dialect, Method, PreprocessingConfig, QuantizationConfig
 from ptq.data import decoding, index, sampling
 from ptq.data.images import network_input
+from ptq.evaluation.benchmark import machine_description
 from ptq.files import npy_from_array
 from ptq.graph.candidate import write_candidate
 from ptq.numerics.histogram import Histograms
-from ptq.preparation import PreparedModel, equalize_model, prepare_model, write_template
 from ptq.provenance import library_versions
+from ptq.quantization.prepare_torch import equalize_model, prepare_model, write_template
+from ptq.quantization.prepared import PreparedModel
 
 
 def arguments(description: str) -> argparse.ArgumentParser:

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import numpy as np
 
-from ptq.benchmarking import FileMeasurement, measure_files
 from ptq.checks.run import check_graph
 from ptq.config import DataConfig, Dialect, Precision
 from ptq.data import decoding
@@ -20,10 +19,11 @@ from ptq.data.remote_inputs import checkpoint_file
 from ptq.delivery import check_output_directory
 from ptq.engines import open_engine
 from ptq.errors import ManifestError, UsageError
-from ptq.evaluation import SplitImages, evaluate_graph
+from ptq.evaluation.benchmark import FileMeasurement, measure_files
+from ptq.evaluation.evaluate import SplitImages, evaluate_graph
+from ptq.evaluation.predictions import ClassMetrics, class_metrics, tables_from_parquet
 from ptq.graph.summary import summarize_onnx
-from ptq.numerics.metrics import ClassMetrics, class_metrics, tables_from_parquet
-from ptq.preparation import write_float_model
+from ptq.quantization.prepare_torch import write_float_model
 from ptq.records.base import to_jsonable
 from ptq.records.evaluation import SplitMetrics
 from ptq.records.graph import GraphChecks

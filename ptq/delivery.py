@@ -15,12 +15,13 @@ from typing import Any
 
 import yaml
 
-from ptq.benchmarking import machine_description
 from ptq.config import PtqConfig
 from ptq.errors import ArtifactError, UsageError
-from ptq.numerics.metrics import ClassMetrics, class_metrics, combined_predictions, tables_from_parquet
-from ptq.preparation import plan_from_file
+from ptq.evaluation.benchmark import machine_description
+from ptq.evaluation.predictions import ClassMetrics, class_metrics, combined_predictions, tables_from_parquet
+from ptq.evaluation.versus_published import drift_factor
 from ptq.provenance import library_versions, package_digest
+from ptq.quantization.prepared import plan_from_file
 from ptq.records.base import ArtifactRef, digest, to_jsonable
 from ptq.records.calibration import CalibrationDraws
 from ptq.records.decision import RunFindings, ServedComparison
@@ -41,7 +42,6 @@ from ptq.records.verdict import (
     VerdictServed,
     VerdictTrial,
 )
-from ptq.regression import drift_factor
 from ptq.report import (
     ReportInputs,
     benchmark_table,

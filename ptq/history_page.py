@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from ptq.charts import nights_png
-from ptq.gate import HEADLINES
+from ptq.evaluation.gate import HEADLINES
 from ptq.nights import Night, NightFindings
 from ptq.pages import data_uri, markdown_text, page_template
 from ptq.tables import drop_phrase, fixed, interval_text

@@ -13,7 +13,7 @@ import polars
 
 from ptq.charts import box_plot_png, latency_bars_png
 from ptq.config import in_method_order
-from ptq.numerics.metrics import ClassMetrics
+from ptq.evaluation.predictions import ClassMetrics
 from ptq.pages import data_uri, markdown_text, page_template
 from ptq.records.benchmark import BenchmarkRecord, Measurement
 from ptq.records.calibration import CalibrationDraws, LayerLength

@@ -1,7 +1,7 @@
 """What do report and terminal tell about the version in service?"""
 
+from ptq.evaluation.versus_published import NOTABLE_DRIFT, drift_factor
 from ptq.records.decision import ServedComparison
-from ptq.regression import NOTABLE_DRIFT, drift_factor
 from ptq.tables import Table, fixed, interval_text, probability
 
 LAYERS_SHOWN = 10

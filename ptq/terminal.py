@@ -7,8 +7,8 @@ business; the page of a run is `report`'s.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ptq.benchmarking import FileMeasurement
-from ptq.numerics.metrics import ClassMetrics
+from ptq.evaluation.benchmark import FileMeasurement
+from ptq.evaluation.predictions import ClassMetrics
 from ptq.records.evaluation import SplitMetrics
 from ptq.records.graph import GraphChecks, GraphFinding
 from ptq.records.verdict import Verdict, VerdictMeasurement, VerdictServed

@@ -2,10 +2,10 @@
 
 import json
 
-from ptq.calibration import amax_table
+from ptq.calibration.amax_tables import amax_table
 from ptq.config import Dialect, LabelledMethod
 from ptq.numerics.histogram import trials_from_bytes
-from ptq.preparation import plan_from_file
+from ptq.quantization.prepared import plan_from_file
 from ptq.records.base import ArtifactRef
 from ptq.records.calibration import AmaxRecord
 from ptq.records.plan import ModelRecord

@@ -5,8 +5,8 @@ from typing import Literal
 
 from prefect.logging import get_run_logger
 
-from ptq.benchmarking import LoadedEngine, measure_engines
 from ptq.config import BenchmarkConfig
+from ptq.evaluation.benchmark import LoadedEngine, measure_engines
 from ptq.records.benchmark import BenchmarkRecord
 from ptq.records.graph import EngineRecord
 from ptq.storage.store import open_store

@@ -5,16 +5,23 @@ from dataclasses import replace
 
 from prefect.logging import get_run_logger
 
-from ptq.calibration import CollectedTrials, ObservedOnDevice, corrected_biases, means_by_name, trials_from_files
-from ptq.collection import TrialStatistics
+from ptq.calibration.calibrate import (
+    CollectedTrials,
+    ObservedOnDevice,
+    corrected_biases,
+    means_by_name,
+    trials_from_files,
+)
+from ptq.calibration.shards import bytes_from_shard, draws_of_shard, merge_shards
+from ptq.calibration.statistics import TrialStatistics
 from ptq.config import Normalization, StoppingRule
 from ptq.files import arrays_from_npz, npz_from_arrays
 from ptq.numerics.histogram import bytes_from_trials
-from ptq.preparation import observed_model, plan_from_file
+from ptq.quantization.prepare_torch import observed_model
+from ptq.quantization.prepared import plan_from_file
 from ptq.records.base import ArtifactRef
 from ptq.records.calibration import CalibrationDraws, StatisticsRecord
 from ptq.records.plan import ModelRecord, PlacementPlan
-from ptq.shards import bytes_from_shard, draws_of_shard, merge_shards
 from ptq.storage.store import Store, open_store
 from tasks.progress import progress_logger
 from tasks.stage import RunContext, stage

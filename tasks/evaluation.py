@@ -9,18 +9,18 @@ from prefect.logging import get_run_logger
 
 from ptq.config import Dialect, EngineConfig, Normalization, Precision
 from ptq.engines import open_engine
-from ptq.evaluation import Evaluation, evaluate_graph, split_images_from_files
+from ptq.evaluation.evaluate import Evaluation, evaluate_graph, split_images_from_files
+from ptq.evaluation.predictions import tables_from_parquet
+from ptq.evaluation.selection import compared_images, rank_candidates, select
 from ptq.files import arrays_from_npz
 from ptq.graph.candidate import write_candidate
-from ptq.numerics.metrics import tables_from_parquet
-from ptq.preparation import plan_from_file
+from ptq.quantization.prepared import plan_from_file
 from ptq.records.base import ArtifactRef
 from ptq.records.calibration import AmaxRecord
 from ptq.records.data import PreparedImages
 from ptq.records.evaluation import EvaluationRecord, Selection
 from ptq.records.graph import EngineIdentity
 from ptq.records.plan import ModelRecord
-from ptq.selection import compared_images, rank_candidates, select
 from ptq.storage.store import Store, open_store
 from tasks.progress import progress_logger
 from tasks.stage import RunContext, stage

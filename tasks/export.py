@@ -10,7 +10,8 @@ from ptq.config import Dialect, WeightMethod
 from ptq.files import arrays_from_npz
 from ptq.graph.candidate import write_candidate
 from ptq.graph.insertion import write_qdq_template
-from ptq.preparation import plan_from_file, write_template
+from ptq.quantization.prepare_torch import write_template
+from ptq.quantization.prepared import plan_from_file
 from ptq.records.base import ArtifactRef
 from ptq.records.calibration import AmaxRecord
 from ptq.records.graph import GraphRecord

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 from prefect.logging import get_run_logger
 
-from ptq import fallback
-from ptq.calibration import amax_table, statistics_from_files
+from ptq.calibration.amax_tables import amax_table
+from ptq.calibration.calibrate import statistics_from_files
 from ptq.config import Dialect, FallbackConfig, GateConfig, LabelledMethod, Normalization, WeightMethod
-from ptq.preparation import plan_from_file
+from ptq.evaluation import fallback
+from ptq.quantization.prepared import plan_from_file
 from ptq.records.base import ArtifactRef
 from ptq.records.calibration import AmaxRecord, CalibrationDraws
 from ptq.records.decision import Attempt, FineTuning, GateDecision, LayerRanking, MethodChoice, RunFindings

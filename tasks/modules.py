@@ -7,14 +7,15 @@ from pathlib import Path
 
 from prefect.logging import get_run_logger
 
-from ptq.calibration import RANGE_IMAGES, ranges_from_files
+from ptq.calibration.calibrate import RANGE_IMAGES, ranges_from_files
 from ptq.config import ModelConfig, Normalization, QuantizationConfig
 from ptq.data.remote_inputs import Inputs, checkpoint_file, is_remote
 from ptq.graph.source import source_digest
 from ptq.networks.checkpoint import model_sources
 from ptq.networks.factory import factory_digest
-from ptq.onnx_preparation import equalize_onnx_model, prepare_onnx_model
-from ptq.preparation import equalize_model, plan_from_file, prepare_model
+from ptq.quantization.prepare_onnx import equalize_onnx_model, prepare_onnx_model
+from ptq.quantization.prepare_torch import equalize_model, prepare_model
+from ptq.quantization.prepared import plan_from_file
 from ptq.records.calibration import CalibrationDraws
 from ptq.records.plan import ModelRecord
 from ptq.storage.store import open_store

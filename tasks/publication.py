@@ -9,9 +9,9 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
-from ptq import gate
 from ptq.config import GateConfig, PtqConfig
 from ptq.delivery import build_report, check_output_directory, deliver, lineage
+from ptq.evaluation import gate
 from ptq.records.base import ArtifactRef
 from ptq.records.benchmark import BenchmarkRecord
 from ptq.records.decision import GateDecision, Publication, RunDecision, RunFindings, RunResult

@@ -8,11 +8,12 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
-from ptq import regression
-from ptq.benchmarking import LoadedEngine, measure_against
 from ptq.config import BenchmarkConfig, GateConfig
-from ptq.in_service import served_version
-from ptq.numerics.metrics import tables_from_parquet
+from ptq.evaluation import versus_published
+from ptq.evaluation.benchmark import LoadedEngine, measure_against
+from ptq.evaluation.predictions import tables_from_parquet
+from ptq.evaluation.selection import compared_images
+from ptq.evaluation.versus_published import served_version
 from ptq.numerics.paired_test import paired_comparison
 from ptq.records.base import ArtifactRef
 from ptq.records.benchmark import ServedLatency
@@ -21,7 +22,6 @@ from ptq.records.decision import GateDecision, ServedComparison, ServedModel
 from ptq.records.evaluation import EvaluationRecord
 from ptq.records.graph import EngineRecord, GraphRecord
 from ptq.records.plan import ModelRecord
-from ptq.selection import compared_images
 from ptq.storage.store import open_store
 from tasks.stage import RunContext, stage
 
@@ -77,7 +77,7 @@ def compare_with_served(
 ) -> ServedComparison:
     """Compare accuracy, latency and amax with the version in service; evaluations are empty where that cannot be."""
     if not evaluations or served.amax is None:
-        found = regression.incomparable(served)
+        found = versus_published.incomparable(served)
     else:
         found = _compared(served.version, served.amax, amax, evaluations, latencies, config, test_split, run)
     log = get_run_logger().info if found.decision == "accept" else get_run_logger().warning
@@ -98,7 +98,7 @@ def _compared(
     store = open_store(run.store_uri)
     tables = {name: tables_from_parquet(store.get_path(found.predictions)) for name, found in evaluations.items()}
     images = compared_images(tables["served"], tables["new"], split=test_split)
-    return regression.compare(
+    return versus_published.compare(
         version=version,
         served_top1_percent=evaluations["served"].on(test_split).top1_percent,
         new_top1_percent=evaluations["new"].on(test_split).top1_percent,
@@ -116,4 +116,4 @@ def decide_on_served(
     decision: GateDecision, comparison: ServedComparison, *, publish_inconclusive: bool, run: RunContext
 ) -> GateDecision:
     """Accept what the gate accepted unless it is worse than the version in service."""
-    return regression.held_against(decision, comparison, publish_inconclusive=publish_inconclusive)
+    return versus_published.held_against(decision, comparison, publish_inconclusive=publish_inconclusive)

@@ -22,7 +22,7 @@ from ptq import model_configs
 from ptq.config import PtqConfig
 from ptq.data.remote_inputs import Inputs
 from ptq.errors import UsageError
-from ptq.gate import HEADLINES
+from ptq.evaluation.gate import HEADLINES
 from ptq.records.base import digest
 from ptq.records.decision import RunResult
 from ptq.storage.store import open_store

@@ -5,7 +5,7 @@ from dataclasses import replace
 from prefect.logging import get_run_logger
 
 from ptq.checks.run import check_graph
-from ptq.preparation import plan_from_file
+from ptq.quantization.prepared import plan_from_file
 from ptq.records.graph import GraphChecks, GraphRecord
 from ptq.records.plan import ModelRecord
 from ptq.storage.store import open_store

@@ -64,6 +64,7 @@ HOMES = {
     "polars": {
         "ptq/data/listing.py",
         "ptq/data/sampling.py",
+        "ptq/evaluation/predictions.py",
         "ptq/data/index.py",
         "ptq/numerics/metrics.py",
         "ptq/report.py",
@@ -199,7 +200,7 @@ def test_a_name_that_would_shadow_a_module_is_noticed(name):
         ("ptq/activations.py", "import importlib\nimportlib.import_module('openvino')"),
         ("ptq/activations.py", "try:\n    import tensorrt\nexcept ImportError:\n    tensorrt = None"),
         ("tasks/data.py", "import polars"),
-        ("ptq/selection.py", "import polars as pl"),
+        ("ptq/evaluation/selection.py", "import polars as pl"),
         ("ptq/data/images.py", "from torchvision.transforms import v2"),
     ],
 )

@@ -6,13 +6,13 @@ import torch
 from networks import small_resnet
 from pytorch_quantization import nn as quant_nn
 
-from ptq.calibration import amax_table
-from ptq.collection import collect_statistics
+from ptq.calibration.amax_tables import amax_table
+from ptq.calibration.statistics import collect_statistics
 from ptq.config import QuantizationConfig
 from ptq.data.sampling import draw_calibration_indices
 from ptq.dialect import observed_names
 from ptq.engines import open_activation_readers
-from ptq.preparation import prepare_model
+from ptq.quantization.prepare_torch import prepare_model
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
 MEAN, STD = [0.5] * 3, [0.25] * 3

@@ -4,37 +4,15 @@ Takes logits and labels, and returns numbers, and per-image predictions as table
 nothing. Ties have one rule everywhere: of equal logits, the lowest class index ranks first.
 """
 
-import io
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import polars as pl
 
 from ptq.errors import EngineBuildError
 from ptq.records.evaluation import SplitMetrics
 
 # Identical logits have infinite SQNR, which JSON cannot hold; float32 noise stays below about 150 dB.
 SQNR_LIMIT_DB = 200.0
-
-# One table of `predictions_table` for each split, by name.
-PredictionTables = Mapping[str, pl.DataFrame]
-
-
-@dataclass(frozen=True, slots=True)
-class ClassMetrics:
-    """How the predictions on one split fall on the classes. `confusion[i][j]` counts images of class i predicted as j.
-
-    Recall and precision are in percent, one entry a class: None for the recall of a class without images and the
-    precision of a class never predicted. A thousand classes have a million counts, so this is no part of a record:
-    `class_metrics` computes it from the stored predictions of the models that are shown.
-    """
-
-    confusion: tuple[tuple[int, ...], ...]
-    recall_percent: tuple[float | None, ...]
-    precision_percent: tuple[float | None, ...]
 
 
 def split_metrics(
@@ -60,52 +38,22 @@ def split_metrics(
     >>> round(metrics.top1_percent, 2), metrics.top5_percent
     (66.67, 100.0)
     """
-    _check_logits(logits, labels, source=f"the model under test on split {split!r}")
+    check_logits(logits, labels, source=f"the model under test on split {split!r}")
     if reference_logits is not None:
         if reference_logits.shape != logits.shape:
             raise ValueError(f"Reference logits have shape {reference_logits.shape}, expected {logits.shape}.")
-        _check_logits(reference_logits, labels, source=f"FP32 on split {split!r}")
+        check_logits(reference_logits, labels, source=f"FP32 on split {split!r}")
     predictions = top1_predictions(logits)
     return SplitMetrics(
         split=split,
         images=len(labels),
         top1_percent=_percent(predictions == labels),
-        top5_percent=_percent(_is_top5_correct(logits, labels)),
+        top5_percent=_percent(is_top5_correct(logits, labels)),
         loss=float(cross_entropy_per_image(logits, labels).mean()),
         sqnr_db=None if reference_logits is None else sqnr_db(reference_logits, logits),
         agreement_percent=None
         if reference_logits is None
         else _percent(predictions == top1_predictions(reference_logits)),
-    )
-
-
-def class_metrics(predictions: pl.DataFrame, *, num_classes: int) -> ClassMetrics:
-    """Returns the confusion matrix of one model on one split, and recall and precision of each class.
-
-    Args:
-        predictions: a table of `predictions_table`, of one split.
-        num_classes: outputs of the model, k; the matrix is k x k (row: label, column: prediction).
-
-    Raises:
-        ValueError: a label or a prediction is outside [0, k).
-
-    >>> table = pl.DataFrame({"label": [0, 0, 0], "prediction": [0, 1, 0]})
-    >>> found = class_metrics(table, num_classes=2)
-    >>> found.confusion, found.recall_percent[1], found.precision_percent
-    (((2, 1), (0, 0)), None, (100.0, 0.0))
-    """
-    for column in ("label", "prediction"):
-        outside = predictions.filter(~pl.col(column).is_between(0, num_classes - 1))[column]
-        if len(outside):
-            raise ValueError(
-                f"The predictions have the {column} {outside[0]}; expected class indices from 0 to {num_classes - 1}."
-            )
-    cells = predictions["label"].to_numpy() * num_classes + predictions["prediction"].to_numpy()
-    confusion = np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
-    return ClassMetrics(
-        confusion=tuple(tuple(row) for row in confusion.tolist()),
-        recall_percent=_share_per_class(confusion, confusion.sum(axis=1)),
-        precision_percent=_share_per_class(confusion, confusion.sum(axis=0)),
     )
 
 
@@ -180,75 +128,8 @@ def cosine_per_image(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.where(both_zero, 1.0, np.clip((first * second).sum(axis=1), -1.0, 1.0))
 
 
-def predictions_table(
-    logits: np.ndarray, labels: np.ndarray, *, split: str, paths: Sequence[str], sha256: Sequence[str]
-) -> pl.DataFrame:
-    """Returns one row an image, in the order given: from it every metric but the SQNR can be computed later.
-
-    Args:
-        logits: float32 (n, k).
-        labels: int64 (n,), class indices in [0, k).
-        split: name of the split, repeated in every row.
-        paths: file of each image, (n,).
-        sha256: digest of each file, (n,).
-
-    Returns:
-        Columns split, index (position in the split), path, sha256, label, prediction, correct, loss (nats),
-        top5_correct.
-
-    Raises:
-        ValueError: the lengths do not fit, there is no image, or a label is outside [0, k).
-        EngineBuildError: a logit is not finite.
-    """
-    _check_logits(logits, labels, source=f"the model under test on split {split!r}")
-    if not len(paths) == len(sha256) == len(labels):
-        raise ValueError(f"{len(labels)} images have {len(paths)} paths and {len(sha256)} digests; expected one each.")
-    predictions = top1_predictions(logits)
-    return pl.DataFrame(
-        {
-            "split": [split] * len(labels),
-            "index": np.arange(len(labels), dtype=np.int64),
-            "path": list(paths),
-            "sha256": list(sha256),
-            "label": labels.astype(np.int64),
-            "prediction": predictions,
-            "correct": predictions == labels,
-            "loss": cross_entropy_per_image(logits, labels),
-            "top5_correct": _is_top5_correct(logits, labels),
-        }
-    )
-
-
-def parquet_from_tables(tables: Sequence[pl.DataFrame]) -> bytes:
-    """Returns the rows of several tables of `predictions_table`, at least one, as one Parquet file."""
-    buffer = io.BytesIO()
-    pl.concat(tables).write_parquet(buffer)
-    return buffer.getvalue()
-
-
-def tables_from_parquet(source: Path | bytes) -> dict[str, pl.DataFrame]:
-    """Returns the table of each split in the Parquet of `parquet_from_tables`, a file or bytes, rows in their order."""
-    table = pl.read_parquet(source)
-    return {
-        split: table.filter(pl.col("split") == split) for split in table["split"].unique(maintain_order=True).to_list()
-    }
-
-
-def combined_predictions(files: Mapping[str, Path]) -> bytes:
-    """Returns the predictions of several candidates as one Parquet file, with the first column `candidate`.
-
-    Args:
-        files: Parquet files of `parquet_from_tables`, by candidate, at least one; their order is kept.
-    """
-    return parquet_from_tables(
-        [
-            pl.read_parquet(path).select(pl.lit(candidate).alias("candidate"), pl.all())
-            for candidate, path in files.items()
-        ]
-    )
-
-
-def _check_logits(logits: np.ndarray, labels: np.ndarray, *, source: str) -> None:
+def check_logits(logits: np.ndarray, labels: np.ndarray, *, source: str) -> None:
+    """Raises where logits are not one row of finite numbers per label."""
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(f"Logits have shape {logits.shape} and labels {labels.shape}; expected (n, k) and (n,).")
     if logits.size == 0:
@@ -267,7 +148,8 @@ def _check_logits(logits: np.ndarray, labels: np.ndarray, *, source: str) -> Non
         )
 
 
-def _is_top5_correct(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def is_top5_correct(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Returns for each image whether its class is among the five largest logits; of equal ones the first counts."""
     own = logits[np.arange(len(labels)), labels][:, None]
     is_before = np.arange(logits.shape[1]) < labels[:, None]
     rank = ((logits > own) | ((logits == own) & is_before)).sum(axis=1)
@@ -286,8 +168,3 @@ def _unit_rows(rows: np.ndarray) -> np.ndarray:
 
 def _percent(flags: np.ndarray) -> float:
     return 100 * int(flags.sum()) / len(flags)
-
-
-def _share_per_class(confusion: np.ndarray, totals: np.ndarray) -> tuple[float | None, ...]:
-    pairs = zip(np.diagonal(confusion).tolist(), totals.tolist(), strict=True)
-    return tuple(100 * right / total if total else None for right, total in pairs)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from ptq.charts import box_plot_png
-from ptq.numerics.metrics import class_metrics
+from ptq.evaluation.predictions import class_metrics
 from ptq.records.base import ArtifactRef
 from ptq.records.benchmark import BenchmarkRecord, Measurement
 from ptq.records.calibration import CalibrationDraws, LayerLength, TrialLength

@@ -15,7 +15,7 @@ from ptq.config import QuantizationConfig
 from ptq.engines import open_activation_readers
 from ptq.engines.base import StreamingReader
 from ptq.errors import EngineBuildError
-from ptq.preparation import prepare_model
+from ptq.quantization.prepare_torch import prepare_model
 
 SHAPE = (3, 16, 16)
 

@@ -17,7 +17,7 @@ import torch
 from ptq.graph.half_precision import half_from_float32
 from ptq.config import QuantizationConfig
 from ptq.graph.candidate import write_candidate
-from ptq.preparation import prepare_model, write_float_model, write_template
+from ptq.quantization.prepare_torch import prepare_model, write_float_model, write_template
 import onnx
 from tests.support.networks import small_resnet
 folder, shape = Path(sys.argv[1]), (3, 16, 16)

@@ -12,7 +12,7 @@ from ptq.networks.factory import create_model
 from ptq.networks.fake_quant import fake_quant_from_folded, weight_amax
 from ptq.networks.folding import fold_model
 from ptq.networks.observed import observed_from_folded
-from ptq.placement import place_quantizers
+from ptq.quantization.placement_torch import place_quantizers
 from tests.support.networks import PLACEMENT
 
 METADATA = {"checkpoint_sha256": "0" * 64, "method": "max", "trial": "0"}

@@ -8,7 +8,7 @@ from ptq.networks.attention import original_name
 from ptq.networks.factory import create_model
 from ptq.networks.folding import fold_model
 from ptq.networks.unfolding import unfolded_state
-from ptq.placement import place_quantizers
+from ptq.quantization.placement_torch import place_quantizers
 from tests.support.networks import PLACEMENT, small_vision_transformer
 
 GENERATOR = torch.Generator()

@@ -23,7 +23,7 @@ from ptq.networks.fake_quant import (
 )
 from ptq.networks.folding import fold_model
 from ptq.networks.observed import observed_from_folded
-from ptq.placement import place_quantizers
+from ptq.quantization.placement_torch import place_quantizers
 
 SHAPE = (3, 16, 16)
 IMAGES = torch.rand(8, *SHAPE, generator=torch.Generator().manual_seed(0)) * 2 - 1

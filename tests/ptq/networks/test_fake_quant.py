@@ -8,7 +8,7 @@ from ptq.graph.candidate import read_layers
 from ptq.networks.fake_quant import weight_amax
 from ptq.networks.folding import fold_model
 from ptq.numerics.amax import amax_from_weight
-from ptq.preparation import prepare_model, write_template
+from ptq.quantization.prepare_torch import prepare_model, write_template
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,14 @@ from hypothesis import strategies as st
 from networks import small_resnet
 from torch import nn
 
-from ptq.calibration import channel_axes, corrected_biases, means_by_name
-from ptq.collection import TrialStatistics
+from ptq.calibration.calibrate import channel_axes, corrected_biases, means_by_name
+from ptq.calibration.statistics import TrialStatistics
 from ptq.config import QuantizationConfig
 from ptq.engines import open_activation_readers
 from ptq.graph.candidate import read_layers
 from ptq.numerics.bias_correction import RESOLUTION, bias_shift, channel_sums_of, empty_channel_sums, merge_channel_sums
 from ptq.numerics.histogram import empty_histograms
-from ptq.preparation import prepare_model, write_template
+from ptq.quantization.prepare_torch import prepare_model, write_template
 
 GENERATOR = np.random.default_rng(0)
 

@@ -10,18 +10,14 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from ptq.errors import EngineBuildError
-from ptq.numerics.metrics import (
+from ptq.evaluation.predictions import (
     class_metrics,
     combined_predictions,
-    cosine_per_image,
-    cross_entropy_per_image,
     parquet_from_tables,
     predictions_table,
-    split_metrics,
-    sqnr_db,
     tables_from_parquet,
-    top1_predictions,
 )
+from ptq.numerics.metrics import cosine_per_image, cross_entropy_per_image, split_metrics, sqnr_db, top1_predictions
 from ptq.numerics.paired_test import mcnemar_p, paired_comparison, paired_interval_pp, sampling_std_pp
 from ptq.records.base import ArtifactRef, digest, record_from_json, to_jsonable
 from ptq.records.evaluation import EvaluationRecord, PairedComparison, SplitMetrics

@@ -1,0 +1,1 @@
+"""How do images become histograms, and histograms amax?"""

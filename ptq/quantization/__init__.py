@@ -1,0 +1,1 @@
+"""Where do quantizers go, and what does a network look like that is ready for them?"""

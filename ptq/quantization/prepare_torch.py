@@ -1,0 +1,215 @@
+"""How does a checkpoint become what the later stages work on?
+
+Loads the weights into the network, folds it, places quantizers and writes the FP32 graph, the observed graph
+and the Q/DQ template. Which tensors are quantized is decided in `placement`.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import fx
+
+from ptq.config import QuantizationConfig, WeightMethod
+from ptq.dialect import observed_names
+from ptq.errors import CheckpointError
+from ptq.files import file_sha256
+from ptq.networks.checkpoint import head_size, load_weights_, read_state_dict
+from ptq.networks.export import HalfPrecision, export_onnx, export_qdq_template
+from ptq.networks.factory import create_model
+from ptq.networks.fake_quant import fake_quant_from_folded, weight_amax
+from ptq.networks.folding import FoldedModel, check_runs, fold_model
+from ptq.networks.observed import observed_from_folded
+from ptq.networks.unfolding import unfolded_state
+from ptq.quantization.equalize_torch import equalize_
+from ptq.quantization.placement_torch import place_quantizers
+from ptq.quantization.prepared import PreparedModel
+from ptq.records.base import to_jsonable
+from ptq.records.plan import PlacementPlan
+
+
+def prepare_model(
+    *,
+    name: str,
+    checkpoint: Path,
+    class_count: int,
+    has_named_classes: bool,
+    input_shape: tuple[int, int, int],
+    quantization: QuantizationConfig,
+    directory: Path,
+) -> PreparedModel:
+    """Writes weights, FP32 graph, observed graph and placement plan of a checkpoint into `directory`.
+
+    Args:
+        name: a torchvision classifier or `package.module:factory`.
+        checkpoint: the file with the weights.
+        class_count: classes of the data; with numbered classes the model may have more.
+        has_named_classes: whether the data names its classes, so that their number is the model's.
+        input_shape: (c, h, w).
+        quantization: where quantizers go.
+        directory: an existing folder.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read or does not fit.
+        ExportError: the model cannot run or be exported.
+        UsageError: there is no such network or layer.
+    """
+    state = read_state_dict(checkpoint)
+    num_classes = class_count if has_named_classes else head_size(state, name=name, channels=input_shape[0])
+    if num_classes < class_count:
+        raise CheckpointError(
+            f"Checkpoint {checkpoint} has {num_classes} outputs, and the data has labels up to {class_count - 1}. "
+            "Expected one output per class; check the manifest's label column and the checkpoint."
+        )
+    folded = folded_from_state(
+        state, name=name, num_classes=num_classes, input_shape=input_shape, source=str(checkpoint)
+    )
+    check_runs(folded.module, input_shape=input_shape, num_classes=num_classes)
+    plan = place_quantizers(
+        folded.module,
+        traced=folded.traced,
+        **quantization.model_dump(exclude={"dialects", "bias_correction", "weight_method", "equalization"}),
+    )
+    files = {
+        "weights": directory / "weights.safetensors",
+        "fp32_onnx": directory / "model_fp32.onnx",
+        "observed_onnx": directory / "model_observed.onnx",
+        "plan": directory / "placement.json",
+    }
+    safetensors.torch.save_file(
+        {key: value.contiguous().clone() for key, value in sorted(state.items())}, files["weights"]
+    )
+    sha256 = file_sha256(checkpoint)
+    export_onnx(folded.module, files["fp32_onnx"], input_shape=input_shape, metadata={"checkpoint_sha256": sha256})
+    _write_observed(folded.module, plan, files["observed_onnx"], input_shape=input_shape)
+    files["plan"].write_text(json.dumps(to_jsonable(plan), indent=1))
+    notes = tuple(note for note in (folded.warning, *plan.warnings) if note)
+    return PreparedModel(sha256, files, num_classes, plan, notes)
+
+
+def folded_from_state(
+    state: Mapping[str, torch.Tensor], *, name: str, num_classes: int, input_shape: tuple[int, int, int], source: str
+) -> FoldedModel:
+    """Returns the folded network `name` with the weights `state`; `source` names them in messages."""
+    model = create_model(name, num_classes=num_classes, channels=input_shape[0])
+    load_weights_(model, state, name=name, source=source)
+    return fold_model(model, input_shape=input_shape)
+
+
+def equalize_model(
+    *,
+    weights: Path,
+    plan: PlacementPlan,
+    ranges: Mapping[str, np.ndarray],
+    name: str,
+    num_classes: int,
+    input_shape: tuple[int, int, int],
+    directory: Path,
+) -> tuple[dict[str, Path], int]:
+    """Writes the equalized weights and observed graph of a prepared model; the FP32 graph stays what it was.
+
+    Args:
+        weights: the file of `prepare_model`.
+        plan: its placement plan.
+        ranges: max |x| per channel of the observed tensors, by name.
+        name: a torchvision classifier or `package.module:factory`.
+        num_classes: outputs of the model.
+        input_shape: (c, h, w).
+        directory: an existing folder.
+
+    Returns:
+        the files by the record's field names, and the number of channels that changed; no files for a model that
+        could not be traced, or where nothing changed.
+    """
+    original = create_model(name, num_classes=num_classes, channels=input_shape[0])
+    load_weights_(original, safetensors.torch.load_file(weights), name=name, source=str(weights))
+    folded = fold_model(original, input_shape=input_shape)
+    if not isinstance(folded.module, fx.GraphModule):
+        return {}, 0
+    changed = equalize_(folded.module, ranges, input_shape=input_shape)
+    if changed == 0:
+        return {}, 0
+    state = unfolded_state(original, folded, folded.module)
+    files = {"weights": directory / "weights_equalized.safetensors", "observed_onnx": directory / "observed.onnx"}
+    safetensors.torch.save_file({key: value.contiguous() for key, value in sorted(state.items())}, files["weights"])
+    _write_observed(folded.module, plan, files["observed_onnx"], input_shape=input_shape)
+    return files, changed
+
+
+def _write_observed(
+    module: torch.nn.Module, plan: PlacementPlan, path: Path, *, input_shape: tuple[int, int, int]
+) -> None:
+    observed = observed_from_folded(module, plan)
+    export_onnx(observed, path, input_shape=input_shape, batch_size=1, observed=observed_names(plan))
+
+
+def observed_model(
+    weights: Path, *, plan: PlacementPlan, name: str, num_classes: int, input_shape: tuple[int, int, int]
+) -> torch.nn.Module:
+    """Returns the model of the observed graph in PyTorch; see `observation.observed_from_folded`."""
+    folded = folded_from_state(
+        safetensors.torch.load_file(weights), name=name, num_classes=num_classes, input_shape=input_shape,
+        source=str(weights),
+    )  # fmt: skip
+    return observed_from_folded(folded.module, plan)
+
+
+def write_template(
+    path: Path,
+    *,
+    weights: Path,
+    plan: PlacementPlan,
+    name: str,
+    num_classes: int,
+    input_shape: tuple[int, int, int],
+    weight_method: WeightMethod = "max",
+) -> None:
+    """Writes the Q/DQ template of a prepared model: weight scales set, every activation's amax 1.
+
+    Raises:
+        ExportError: the fake-quantized model cannot be exported.
+    """
+    folded = folded_from_state(
+        safetensors.torch.load_file(weights),
+        name=name,
+        num_classes=num_classes,
+        input_shape=input_shape,
+        source=str(weights),
+    )
+    model = fake_quant_from_folded(
+        folded.module,
+        plan,
+        dialect="tensorrt",
+        activation_amax={spec.name: 1.0 for spec in plan.activations},
+        weight_amax=weight_amax(folded.module, plan, method=weight_method),
+    )
+    export_qdq_template(model, path, plan=plan, input_shape=input_shape)
+
+
+def write_float_model(
+    path: Path,
+    *,
+    name: str,
+    checkpoint: Path,
+    precision: str,
+    input_shape: tuple[int, int, int],
+    batch_size: int | None,
+) -> None:
+    """Writes a checkpoint as an FP32 or FP16 graph; the FP16 one keeps float32 input and output.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read or does not fit.
+        ExportError: the model cannot run or be exported.
+    """
+    state = read_state_dict(checkpoint)
+    num_classes = head_size(state, name=name, channels=input_shape[0])
+    folded = folded_from_state(
+        state, name=name, num_classes=num_classes, input_shape=input_shape, source=str(checkpoint)
+    )
+    check_runs(folded.module, input_shape=input_shape, num_classes=num_classes)
+    model = HalfPrecision(folded.module) if precision == "fp16" else folded.module
+    metadata = {"checkpoint_sha256": file_sha256(checkpoint), "precision": precision}
+    export_onnx(model, path, input_shape=input_shape, batch_size=batch_size, metadata=metadata)
