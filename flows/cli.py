@@ -295,7 +295,7 @@ def _show_verdict(verdict: Verdict, folder: Path, as_json: bool) -> None:
     if as_json:
         _print_json(json.loads(verdict.model_dump_json(by_alias=True)))
         return
-    from ptq.terminal import tables_of_verdict
+    from ptq.report.terminal import tables_of_verdict
 
     console = _console()
     for table in tables_of_verdict(verdict):
@@ -406,8 +406,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Evaluate a checkpoint or an ONNX file: loss, top-1, top-5, confusion matrix."""
-    from ptq.commands import evaluate_file
-    from ptq.terminal import tables_of_metrics
+    from ptq.api import evaluate_file
+    from ptq.report.terminal import tables_of_metrics
 
     preprocessing = _preprocessing(channels, resize, crop, mean, std)
     content = _with_implied_crop({"data": _merged({}, {"path": data, "preprocessing": preprocessing})})["data"]
@@ -435,7 +435,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Export a checkpoint as FP32 or FP16 ONNX, one file per batch size."""
-    from ptq.commands import export_files
+    from ptq.api import export_files
 
     _check_choice("precision", precision, ("fp32", "fp16"))
     shape = (channels or 3, crop, crop)
@@ -461,9 +461,9 @@ def validate(
     as_json: Json = False,
 ) -> None:
     """Check a Q/DQ graph; exit code 1 if there is any error."""
-    from ptq.commands import check_file
+    from ptq.api import check_file
     from ptq.records.base import to_jsonable
-    from ptq.terminal import table_of_checks
+    from ptq.report.terminal import table_of_checks
 
     if dialect is not None:
         _check_choice("dialect", dialect, ("cpu", "tensorrt"))
@@ -489,9 +489,9 @@ def benchmark(
     as_json: Json = False,
 ) -> None:
     """Measure latency and throughput of ONNX files side by side."""
-    from ptq.commands import benchmark_files
+    from ptq.api import benchmark_files
     from ptq.records.base import to_jsonable
-    from ptq.terminal import table_of_benchmark
+    from ptq.report.terminal import table_of_benchmark
 
     _check_choice("engine", engine, ("auto", "openvino", "tensorrt", "onnxruntime"))
     results = benchmark_files(
@@ -598,8 +598,8 @@ def _check_server() -> None:
 @app.command()
 def history(model: PublishedModel, store: StoreUri = DEFAULT_STORE, as_json: Json = False) -> None:
     """List the published versions of a model, oldest first, and what made each of them."""
+    from ptq.report.terminal import tables_of_history
     from ptq.storage.registry import existing_store, read_history
-    from ptq.terminal import tables_of_history
 
     entries = read_history(existing_store(store), model)
     if as_json:
@@ -638,9 +638,9 @@ def gc(
 ) -> None:
     """Remove what no published version and no recent run needs; a dry run unless told to delete."""
     from ptq.records.base import to_jsonable
+    from ptq.report.terminal import table_of_collection
     from ptq.storage.garbage import collect_garbage
     from ptq.storage.registry import existing_store
-    from ptq.terminal import table_of_collection
 
     found = collect_garbage(existing_store(store), keep_days=keep_days, now=time.time(), delete=delete)
     if as_json:

@@ -14,8 +14,8 @@ from prefect.events import Event, Resource
 from prefect.events.filters import EventFilter, EventIDFilter, EventOccurredFilter
 from prefect.types._datetime import now
 
-from ptq.checkpoints import Checkpoint
 from ptq.errors import UsageError
+from ptq.service.checkpoint_watch import Checkpoint
 from ptq.storage.store import ClaimState, Store
 from tasks.progress import has_lasting_server
 

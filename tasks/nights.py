@@ -11,12 +11,12 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
 
-from ptq import nights
 from ptq.config import PtqConfig
 from ptq.files import write_file
-from ptq.history_page import headline, history_html, history_markdown
 from ptq.records.base import digest
 from ptq.records.decision import RunResult
+from ptq.report.nightly_page import headline, history_html, history_markdown
+from ptq.service import nightly_results
 from ptq.storage.store import open_store
 from tasks.progress import artifact_key
 
@@ -36,12 +36,12 @@ def note_night(config: PtqConfig, flow_run_id: UUID, result: RunResult | None, *
     store, model = open_store(config.output.store), config.model.published_name
     with get_client(sync_client=True) as client:
         run = client.read_flow_run(flow_run_id)
-    night = nights.night_of_run(
+    night = nightly_results.night_of_run(
         store, model, run_id=run.name, started_at=run.start_time or datetime.now(UTC),
         seconds=run.total_run_time.total_seconds() - (result.waited_s if result else 0.0), result=result, error=error,
     )  # fmt: skip
-    nights.note_night(store, night)
-    shown = nights.read_nights(store, model)
+    nightly_results.note_night(store, night)
+    shown = nightly_results.read_nights(store, model)
     page = history_html(shown).encode()
     store.remember("history", digest(model), page)
     path = Path(config.output.directory) / "history.html"

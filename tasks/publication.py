@@ -10,13 +10,13 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from ptq.config import GateConfig, PtqConfig
-from ptq.delivery import build_report, check_output_directory, deliver, lineage
 from ptq.evaluation import gate
 from ptq.records.base import ArtifactRef
 from ptq.records.benchmark import BenchmarkRecord
 from ptq.records.decision import GateDecision, Publication, RunDecision, RunFindings, RunResult
 from ptq.records.evaluation import Selection
 from ptq.records.graph import GraphChecks
+from ptq.report.deliver import build_report, check_output_directory, deliver, lineage
 from ptq.storage.store import open_store
 from tasks.stage import RunContext, stage
 

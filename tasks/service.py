@@ -18,13 +18,13 @@ from prefect.events import emit_event
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.logging import get_run_logger
 
-from ptq import model_configs
 from ptq.config import PtqConfig
 from ptq.data.remote_inputs import Inputs
 from ptq.errors import UsageError
 from ptq.evaluation.gate import HEADLINES
 from ptq.records.base import digest
 from ptq.records.decision import RunResult
+from ptq.service import model_configs
 from ptq.storage.store import open_store
 from tasks.progress import has_lasting_server
 from tasks.retries import is_transient

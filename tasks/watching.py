@@ -9,11 +9,11 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_logger, get_run_logger
 
-from ptq.bucket_notifications import created_objects
-from ptq.checkpoints import Checkpoint, CheckpointWatch, model_of
 from ptq.data.remote_inputs import is_remote
 from ptq.errors import ArtifactError, PtqError, UsageError
 from ptq.records.base import digest
+from ptq.service.bucket_notifications import created_objects
+from ptq.service.checkpoint_watch import Checkpoint, CheckpointWatch, model_of
 from ptq.storage.store import Store, open_store
 from tasks.announcements import Announced, Logger, announce, api, claim, confirm
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from flows.quantize_model import quantize_model
 from ptq.config import LabelledMethod, PtqConfig
 from ptq.records.verdict import Verdict
+from ptq.report.terminal import tables_of_verdict
 from ptq.storage.store import open_store
-from ptq.terminal import tables_of_verdict
 from tasks.amax import compute_amax
 from tasks.calibration import collect_statistics
 from tasks.data import draw_calibration_images, index_images

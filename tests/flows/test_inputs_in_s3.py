@@ -10,7 +10,7 @@ from s3_servers import BUCKET, moto_server
 
 from flows.quantize_model import quantize_model
 from flows.train_model import train_model
-from ptq.commands import evaluate_file, export_files
+from ptq.api import evaluate_file, export_files
 from ptq.config import DataConfig, PreprocessingConfig, PtqConfig, TrainingConfig
 from ptq.data import index
 from ptq.errors import CheckpointError

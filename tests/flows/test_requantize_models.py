@@ -12,8 +12,8 @@ from prefect.events.filters import EventFilter, EventNameFilter, EventResourceFi
 
 from flows.requantize_models import requantize_models
 from ptq.errors import UsageError
-from ptq.nights import read_nights
 from ptq.records.base import digest
+from ptq.service.nightly_results import read_nights
 from ptq.storage.store import open_store
 
 pytestmark = pytest.mark.usefixtures("prefect_backend")

@@ -23,8 +23,8 @@ from prefect.events.filters import (
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.types._datetime import now
 
-from ptq.checkpoints import Checkpoint
 from ptq.errors import ArtifactError, UsageError
+from ptq.service.checkpoint_watch import Checkpoint
 from ptq.storage.store import open_store
 from tasks import announcements
 from tasks.announcements import announce
@@ -173,7 +173,7 @@ def test_without_a_server_that_stays_nothing_is_announced(store, model):
 # Announces one checkpoint in a process of its own, which stops at the point that is named and waits to be killed.
 SCRIPT = """
 import logging, sys, time
-from ptq.checkpoints import Checkpoint
+from ptq.service.checkpoint_watch import Checkpoint
 from ptq.storage.store import open_store
 from tasks import announcements
 

@@ -13,7 +13,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from ptq.checks.run import CHECKS, FILE_CHECKS, PROTOBUF_LIMIT_BYTES, check_graph
 from ptq.errors import ExportError
 from ptq.records.graph import GraphChecks
-from ptq.terminal import table_of_checks
+from ptq.report.terminal import table_of_checks
 
 METADATA = {"ptq.checkpoint_sha256": "0" * 64, "ptq.method": "max", "ptq.trial": "0", "ptq.dialect": "tensorrt"}
 CLASSES = 4

@@ -9,11 +9,11 @@ import safetensors.torch
 import torch
 from s3_servers import BUCKET
 
-from ptq import checkpoint_places
-from ptq.checkpoint_places import is_whole
-from ptq.checkpoints import CheckpointWatch, model_of, watched_prefix
 from ptq.errors import ArtifactError, UsageError
 from ptq.files import file_digest
+from ptq.service import checkpoint_locations as checkpoint_places
+from ptq.service.checkpoint_locations import is_whole
+from ptq.service.checkpoint_watch import CheckpointWatch, model_of, watched_prefix
 from ptq.storage.s3_reader import RemoteObjects
 from ptq.storage.store import open_store
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ptq.charts import box_plot_png, latency_bars_png, nights_png
 from ptq.records.benchmark import BenchmarkRecord, Measurement
 from ptq.records.graph import EngineIdentity
+from ptq.report.charts import box_plot_png, latency_bars_png, nights_png
 
 METHODS = {"max": [81.2, 82.1, 83.0], "entropy": [84.6, 84.8, 84.7]}
 

@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from ptq.history_page import headline, history_html, history_markdown
-from ptq.nights import Night, NightFindings, NightLatency
+from ptq.report.nightly_page import headline, history_html, history_markdown
+from ptq.service.nightly_results import Night, NightFindings, NightLatency
 
 FOUND = NightFindings(
     version="62c0b78d59277ce1", is_new=False, fp32_top1_percent=98.0, top1_percent=97.5, drop_pp=0.5,

@@ -19,19 +19,9 @@ def page_template(name: str) -> jinja2.Template:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.tests["sha256"] = lambda text: _SHA256.fullmatch(text) is not None
-    return environment.from_string(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+    return environment.from_string((Path(__file__).parent / "templates" / name).read_text(encoding="utf-8"))
 
 
 def data_uri(png: bytes) -> str:
     """Returns a picture as an address that needs no file."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-
-def markdown_text(text: str) -> str:
-    r"""Returns text in which Markdown finds neither markup nor HTML.
-
-    >>> print(markdown_text("a|b <i>"))
-    a\|b &lt;i&gt;
-    """
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return " ".join(re.sub(r"([\\`*|\[\]])", r"\\\1", text).split())

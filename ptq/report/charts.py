@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ptq.records.benchmark import BenchmarkRecord, Measurement
+from ptq.report.inputs import ReportInputs, images_per_draw, methods_of
 
 DPI = 110
 WIDTH_INCHES = 6.0
@@ -300,3 +301,15 @@ def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
     return buffer.getvalue()
+
+
+def boxplot_png(inputs: ReportInputs) -> bytes:
+    """Returns the box plot of the methods over the trials on the test split, the same bytes as in the HTML report."""
+    by_method: dict[str, list[float]] = {method: [] for method in methods_of(inputs)}
+    for candidate in sorted(inputs.verdict.candidates, key=lambda item: item.trial):
+        by_method[candidate.method].append(candidate.top1_percent)
+    trials, name = len(inputs.draws.indices), inputs.verdict.model
+    title = f"{name if len(name) <= 28 else name[:27] + '…'}: {inputs.selection.test_split}, "
+    title += f"{trials} draws" if trials != 1 else "1 draw"
+    title += f" of {images_per_draw(inputs.draws)} images"
+    return box_plot_png(by_method, fp32_top1_percent=inputs.verdict.fp32.top1_percent, title=title)

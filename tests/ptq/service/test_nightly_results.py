@@ -7,7 +7,6 @@ from datetime import datetime, timedelta, timezone
 import pytest
 
 from ptq.errors import UsageError
-from ptq.nights import Night, NightFindings, NightLatency, night_of_run, note_night, read_nights
 from ptq.records.base import ArtifactRef, to_jsonable
 from ptq.records.benchmark import BenchmarkRecord, Measurement
 from ptq.records.data import PreparedImages
@@ -25,6 +24,7 @@ from ptq.records.verdict import (
     VerdictLatency,
     VerdictMeasurement,
 )
+from ptq.service.nightly_results import Night, NightFindings, NightLatency, night_of_run, note_night, read_nights
 from ptq.storage.store import StageEntry
 
 FOUND = NightFindings(

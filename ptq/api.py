@@ -16,7 +16,6 @@ from ptq.config import DataConfig, Dialect, Precision
 from ptq.data import decoding
 from ptq.data import index as index_module
 from ptq.data.remote_inputs import checkpoint_file
-from ptq.delivery import check_output_directory
 from ptq.engines import open_engine
 from ptq.errors import ManifestError, UsageError
 from ptq.evaluation.benchmark import FileMeasurement, measure_files
@@ -27,6 +26,7 @@ from ptq.quantization.prepare_torch import write_float_model
 from ptq.records.base import to_jsonable
 from ptq.records.evaluation import SplitMetrics
 from ptq.records.graph import GraphChecks
+from ptq.report.deliver import check_output_directory
 
 
 @dataclass(frozen=True, slots=True)

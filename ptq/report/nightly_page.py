@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from ptq.charts import nights_png
 from ptq.evaluation.gate import HEADLINES
-from ptq.nights import Night, NightFindings
-from ptq.pages import data_uri, markdown_text, page_template
-from ptq.tables import drop_phrase, fixed, interval_text
+from ptq.report.cells import drop_phrase, fixed, interval_text
+from ptq.report.charts import nights_png
+from ptq.report.markdown import markdown_text
+from ptq.report.page_parts import data_uri, page_template
+from ptq.service.nightly_results import Night, NightFindings
 
 NIGHTS_IN_MARKDOWN = 30
 TEXT_IN_MARKDOWN = 160
@@ -82,7 +83,7 @@ def history_html(nights: Sequence[Night]) -> str:
         ValueError: there is no night.
     """
     last = _last_of(nights)
-    template = page_template("history_template.html.j2")
+    template = page_template("nightly.html.j2")
     places = _places(nights)
     page = template.render(
         model=last.model,

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from ptq.bucket_notifications import created_objects
 from ptq.errors import UsageError
+from ptq.service.bucket_notifications import created_objects
 
 
 def aws(key="in/digits/a.pth", name="ObjectCreated:Put", bucket="models", **more):

@@ -8,7 +8,6 @@ import polars as pl
 import pytest
 from PIL import Image
 
-from ptq.charts import box_plot_png
 from ptq.evaluation.predictions import class_metrics
 from ptq.records.base import ArtifactRef
 from ptq.records.benchmark import BenchmarkRecord, Measurement
@@ -25,17 +24,12 @@ from ptq.records.evaluation import (
 from ptq.records.graph import EngineIdentity, EngineRecord, GraphChecks, GraphFinding, Int8Share
 from ptq.records.plan import ModelRecord, PlacementPlan, QuantizerSpec
 from ptq.records.verdict import Verdict
-from ptq.report import (
-    ReportInputs,
-    benchmark_table,
-    boxplot_png,
-    html_report,
-    markdown_report,
-    results_table,
-    terminal_tables,
-    verdict_sentence,
-)
-from ptq.tables import Table
+from ptq.report.cells import Table
+from ptq.report.charts import box_plot_png, boxplot_png
+from ptq.report.html import html_report
+from ptq.report.inputs import ReportInputs, verdict_sentence
+from ptq.report.markdown import markdown_report
+from ptq.report.run_tables import benchmark_table, results_table, terminal_tables
 
 # 624 images: FP32 is right on 530 (84.94 %), the chosen candidate on 529 (84.78 %).
 FP32_CONFUSION = ((150, 84), (10, 380))

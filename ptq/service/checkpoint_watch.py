@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from ptq.checkpoint_places import Found, place_of
 from ptq.data.remote_inputs import CHECKPOINT_ENDINGS, is_remote
 from ptq.errors import ArtifactError, UsageError
 from ptq.records.base import digest
+from ptq.service.checkpoint_locations import Found, place_of
 from ptq.storage.store import Store
 
 logger = logging.getLogger(__name__)

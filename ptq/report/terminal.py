@@ -12,8 +12,8 @@ from ptq.evaluation.predictions import ClassMetrics
 from ptq.records.evaluation import SplitMetrics
 from ptq.records.graph import GraphChecks, GraphFinding
 from ptq.records.verdict import Verdict, VerdictMeasurement, VerdictServed
+from ptq.report.cells import Table, fixed, interval_text, percent_change, probability
 from ptq.storage.garbage import Collection
-from ptq.tables import Table, fixed, interval_text, percent_change, probability
 
 CLASSES_SHOWN = 20
 NODES_SHOWN = 3
