@@ -66,9 +66,9 @@ def cluster_of(workers: int) -> Iterator[distributed.LocalCluster]:
 
 
 def _import_stages() -> None:
-    import tasks.amax  # noqa: F401 - so that no run waits for imports
-    import tasks.calibration
-    import tasks.evaluation  # noqa: F401
+    import tasks.stages.amax  # noqa: F401 - so that no run waits for imports
+    import tasks.stages.calibration
+    import tasks.stages.evaluation  # noqa: F401
 
 
 def run(config: dict[str, Any], home: Path) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def running_server(home: Path) -> Any:
         port = probe.getsockname()[1]
     environment = {**os.environ, **QUIET, "PREFECT_HOME": str(home)}
     address = ["--host", "127.0.0.1", "--port", str(port)]
-    command = [sys.executable, "-m", "tasks.prefect_server", "server", "start", *address]
+    command = [sys.executable, "-m", "tasks.runtime.prefect_server", "server", "start", *address]
     server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}/api"
     try:

@@ -164,7 +164,7 @@ class Supervisor:
         python = [sys.executable, "-m"]
         if part == "server":
             address = ["--host", "127.0.0.1", "--port", str(self._service.port)]
-            return [*python, "tasks.prefect_server", "server", "start", *address]
+            return [*python, "tasks.runtime.prefect_server", "server", "start", *address]
         return [*python, "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", "this-machine"]
 
     def _start(self, part: str) -> None:

@@ -41,7 +41,7 @@ _ENVIRONMENT = {
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
 }
 # Of the embedded server; the module tells what for.
-_EVENT_LOOP = "tasks.prefect_server:event_loop"
+_EVENT_LOOP = "tasks.runtime.prefect_server:event_loop"
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document for programs, nothing else.")]
 Config = Annotated[
@@ -80,7 +80,7 @@ class Terminal:
             )  # fmt: skip
 
     def __enter__(self) -> "Terminal":
-        from tasks.progress import add_listener
+        from tasks.runtime.progress import add_listener
 
         add_listener(self)
         if self._progress:
@@ -88,7 +88,7 @@ class Terminal:
         return self
 
     def __exit__(self, *details: object) -> None:
-        from tasks.progress import remove_listener
+        from tasks.runtime.progress import remove_listener
 
         remove_listener(self)
         if self._progress:
@@ -587,7 +587,7 @@ def receive(
 
 def _check_server() -> None:
     """Makes sure that there is a Prefect server that stays, before a flow starts one that does not."""
-    from tasks.announcements import check_server
+    from tasks.service.announcements import check_server
 
     try:
         check_server()

@@ -5,7 +5,9 @@ from prefect.states import Completed, State
 
 from flows.quantize_model import quantize_model
 from ptq.records.decision import RunResult
-from tasks.service import announce, is_superseded, load_model_config, turn_of
+from tasks.service.model_lock import turn_of
+from tasks.service.models import is_superseded, load_model_config
+from tasks.service.notices import announce
 
 
 @flow(name="quantize-checkpoint", flow_run_name="{model}")

@@ -18,21 +18,21 @@ from ptq.records.decision import Attempt, AttemptKind, Publication, RunFindings,
 from ptq.records.evaluation import EvaluationRecord, Selection
 from ptq.records.graph import EngineIdentity
 from ptq.records.plan import ModelRecord
-from tasks.amax import compute_amax
-from tasks.benchmark import benchmark
-from tasks.calibration import collect_shard, collect_statistics, correct_biases, merge_statistics
-from tasks.data import draw_calibration_images, index_images, prepare_split
-from tasks.engine import build_engine, list_precisions, resolve_engine
-from tasks.evaluation import evaluate, evaluate_baseline, evaluate_served, select_candidate
-from tasks.export import export_qdq, write_graph
-from tasks.fallback import carry_amax, choose_methods, conclude, fine_tune, is_worth_trying, rank_layers
-from tasks.modules import equalize_channels, replace_modules
-from tasks.publication import check_destinations, decide, publish, write_report
-from tasks.runners import StageRunner, spread_stages
-from tasks.served import benchmark_served, compare_with_served, decide_on_served, find_served
-from tasks.service import turn_of
-from tasks.stage import RunContext
-from tasks.validation import validate_graph
+from tasks.runtime.runners import StageRunner, spread_stages
+from tasks.runtime.stage import RunContext
+from tasks.service.model_lock import turn_of
+from tasks.stages.amax import compute_amax
+from tasks.stages.benchmark import benchmark
+from tasks.stages.calibration import collect_shard, collect_statistics, correct_biases, merge_statistics
+from tasks.stages.data import draw_calibration_images, index_images, prepare_split
+from tasks.stages.engine import build_engine, list_precisions, resolve_engine
+from tasks.stages.evaluation import evaluate, evaluate_baseline, evaluate_served, select_candidate
+from tasks.stages.export import export_qdq, write_graph
+from tasks.stages.fallback import carry_amax, choose_methods, conclude, fine_tune, is_worth_trying, rank_layers
+from tasks.stages.graph_checks import validate_graph
+from tasks.stages.model import equalize_channels, replace_modules
+from tasks.stages.publication import check_destinations, decide, publish, write_report
+from tasks.stages.versus_published import benchmark_served, compare_with_served, decide_on_served, find_served
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from ptq.errors import UsageError
-from tasks.watching import Inbox
+from tasks.service.watching import Inbox
 
 TOKEN_VARIABLE = "PTQ_RECEIVER_TOKEN"
 _SHORTEST_TOKEN = 16

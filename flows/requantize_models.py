@@ -6,8 +6,9 @@ from prefect import flow
 from prefect.states import Completed, Failed, State
 
 from flows.quantize_model import quantize_model
-from tasks.nights import failure_of, note_night
-from tasks.service import announce, find_models, load_model_config
+from tasks.service.models import find_models, load_model_config
+from tasks.service.nightly import failure_of, note_night
+from tasks.service.notices import announce
 
 
 @flow(name="requantize-models")

@@ -6,9 +6,9 @@ from prefect import flow, runtime
 
 from ptq.config import TrainingConfig
 from ptq.records.data import TrainingRecord
-from tasks.data import index_images, prepare_split
-from tasks.stage import RunContext
-from tasks.training import deliver_checkpoint, train_classifier
+from tasks.runtime.stage import RunContext
+from tasks.stages.data import index_images, prepare_split
+from tasks.stages.training import deliver_checkpoint, train_classifier
 
 
 @flow(name="train-model")

@@ -5,7 +5,7 @@ from typing import Annotated
 from prefect import flow
 from pydantic import Field
 
-from tasks.watching import LONGEST_READING_S, watch_prefix
+from tasks.service.watching import LONGEST_READING_S, watch_prefix
 
 
 @flow(name="watch-checkpoints", flow_run_name="{prefix}")

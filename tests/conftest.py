@@ -18,7 +18,7 @@ import ptq.engines.openvino  # noqa: F401 - a test that imports OpenVINO itself 
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
-os.environ.setdefault("UVICORN_LOOP", "tasks.prefect_server:event_loop")
+os.environ.setdefault("UVICORN_LOOP", "tasks.runtime.prefect_server:event_loop")
 # Runs of the tests wait for each other, not for those of whoever uses this machine.
 _LOCKS = tempfile.TemporaryDirectory(prefix="ptq-test-locks-")
 os.environ["PTQ_LOCK_DIR"] = _LOCKS.name

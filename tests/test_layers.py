@@ -1,6 +1,7 @@
-"""Do the imports go flows -> tasks -> ptq, and is each heavy library imported where the layout says?"""
+"""Do imports go flows -> tasks -> ptq, from room to room below, and is each heavy library where it belongs?"""
 
 import ast
+import subprocess
 import sys
 from dataclasses import dataclass
 from importlib.machinery import BuiltinImporter, PathFinder
@@ -12,6 +13,40 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = ("ptq", "tasks", "flows")
 FILES = [path.relative_to(ROOT).as_posix() for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
 
+GROUND = {"errors", "config", "files", "provenance", "dialect"}
+# The rooms of `ptq`, from the ground up, and which of them each may import. A room imports nothing above itself.
+ROOMS = {
+    "errors": set(),
+    "config": {"errors"},
+    "files": {"errors"},
+    "provenance": set(),
+    "records": {"config"},
+    "dialect": {"config", "records"},
+    "numerics": {"errors", "config", "records"},
+    "storage": {"errors", "files", "records"},
+    "data": {*GROUND, "records", "storage"},
+    "graph": {*GROUND, "records", "numerics"},
+    "networks": {*GROUND, "records", "numerics", "data", "graph"},
+    "engines": {*GROUND, "records", "graph"},
+    "checks": {*GROUND, "records", "graph"},
+    "quantization": {*GROUND, "records", "numerics", "graph", "networks", "engines"},
+    "calibration": {*GROUND, "records", "numerics", "data", "graph", "engines", "quantization"},
+    "evaluation": {
+        *GROUND, "records", "numerics", "storage", "data", "graph", "networks", "engines", "quantization",
+    },
+    "service": {*GROUND, "records", "storage", "data"},
+    "report": {
+        *GROUND, "records", "numerics", "storage", "data", "graph", "quantization", "calibration", "evaluation",
+        "service",
+    },
+    "api": {
+        *GROUND, "records", "storage", "data", "graph", "networks", "engines", "checks", "quantization", "calibration",
+        "evaluation", "report",
+    },
+}  # fmt: skip
+# The rooms of `tasks`. A stage imports no other stage.
+TASK_ROOMS = {"runtime": set(), "stages": {"runtime"}, "service": {"runtime"}}
+
 # What a layer may not import, by the first part of the dotted name.
 FORBIDDEN = {
     "ptq": {"prefect", "prefect_dask", "prefect_aws", "prefect_docker", "tasks", "flows"},
@@ -22,62 +57,33 @@ FORBIDDEN = {
 # The nouns, which is all that a flow may take from the core; the command line also shows results.
 NOUNS = ("ptq.config", "ptq.records", "ptq.errors")
 EXTRA_FOR = {
-    "flows/cli.py": (
-        "ptq.api",
-        "ptq.commands",
-        "ptq.data.demo_digits",
-        "ptq.demo_data",
-        "ptq.evaluation",
-        "ptq.records.verdict",
-        "ptq.report.terminal",
-        "ptq.retention",
-        "ptq.storage",
-        "ptq.terminal",
-        "ptq.verdict",
-    )
-}
-
-# What stages share. Any other import from one task module to another goes sideways.
-SHARED_TASK_MODULES = ("tasks.retries", "tasks.stage", "tasks.progress", "tasks.announcements", "tasks.dask_stages")
+    "flows/cli.py": ("ptq.api", "ptq.report.terminal", "ptq.data.demo_digits", "ptq.storage.garbage",
+                     "ptq.storage.registry"),
+}  # fmt: skip
 
 # The files that may import a heavy library; torch and numpy may be imported anywhere below the flows.
 HOMES = {
     "pytorch_quantization": {"ptq/networks/fake_quant.py"},
-    "onnx_graphsurgeon": {
-        "ptq/networks/export.py",
-        "ptq/checks/run.py",
-        "ptq/graph/nodes.py",
-        "ptq/graph/canonical.py",
-        "ptq/graph/insertion.py",
-        "ptq/graph/names.py",
-    },
+    "onnx_graphsurgeon": {"ptq/graph/", "ptq/checks/", "ptq/networks/export.py"},
     "tensorrt": {"ptq/engines/tensorrt.py"},
     "openvino": {"ptq/engines/openvino.py"},
     "onnxruntime": {"ptq/engines/onnxruntime.py"},
-    "boto3": {"ptq/storage/s3_client.py", "ptq/storage/store.py", "ptq/storage/s3_bucket.py"},
-    "botocore": {
-        "ptq/storage/s3_client.py",
-        "ptq/storage/store.py",
-        "ptq/storage/s3_bucket.py",
-        "ptq/storage/s3_reader.py",
-    },
-    "polars": {
-        "ptq/data/listing.py",
-        "ptq/data/sampling.py",
-        "ptq/evaluation/predictions.py",
-        "ptq/data/index.py",
-        "ptq/numerics/metrics.py",
-        "ptq/report/run_tables.py",
-    },
+    "boto3": {"ptq/storage/s3_bucket.py", "ptq/storage/s3_client.py"},
+    "botocore": {"ptq/storage/s3_client.py", "ptq/storage/s3_bucket.py", "ptq/storage/s3_reader.py"},
+    "polars": {"ptq/data/", "ptq/evaluation/predictions.py", "ptq/report/"},
     "PIL": {"ptq/data/images.py", "ptq/data/demo_digits.py"},
     "sklearn": {"ptq/data/demo_digits.py"},
     "matplotlib": {"ptq/report/charts.py"},
     "jinja2": {"ptq/report/page_parts.py"},
     "torchvision": {"ptq/networks/factory.py"},
-    "distributed": {"tasks/dask_stages.py"},
-    "prefect_dask": {"tasks/dask_stages.py"},
+    "distributed": {"tasks/runtime/dask_runner.py"},
+    "prefect_dask": {"tasks/runtime/dask_runner.py"},
 }
 HEAVY = {*HOMES, "torch", "onnx", "numba", "scipy"}
+
+# What importing a module must not load: whoever takes a maximum waits for no framework.
+FRAMEWORKS = {"torch", "torchvision", "pytorch_quantization", "openvino", "onnx_graphsurgeon"}
+LIGHT = ("ptq.records", "ptq.numerics", "tasks.stages.amax")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,22 +129,42 @@ def is_dynamic_import(call):
     return function in {"import_module", "__import__"} and is_literal
 
 
+def room_of(parts):
+    """The room of a file or a dotted name, by its parts: the second, without the ending of a file."""
+    return parts[1].removesuffix(".py") if len(parts) > 1 else ""
+
+
+def room_fault(found, layer, room):
+    """What is wrong with importing this from that room, empty where nothing is."""
+    table = {"ptq": ROOMS, "tasks": TASK_ROOMS}.get(layer, {})
+    if found.top != layer or layer == "flows" or room == "__init__":
+        return ""
+    target = room_of(found.name.split("."))
+    if target in table[room] or (target == room and room != "stages"):
+        return ""
+    return f"{layer}.{room} may import {', '.join(sorted(table[room])) or 'no other room'}, not {layer}.{target}"
+
+
+def is_at_home(library, file):
+    return any(file == home or (home.endswith("/") and file.startswith(home)) for home in HOMES[library])
+
+
 def faults_of(source, file):
     """What is wrong with the imports of a file, one sentence each."""
     layer = file.split("/")[0]
-    own_module = file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    room = room_of(file.split("/"))
     allowed_nouns = NOUNS + EXTRA_FOR.get(file, ())
     faults = []
     for found in imports_of(source, file):
         if found.top in FORBIDDEN[layer]:
             faults.append(f"{file} imports {found.name}: {layer} may not import {found.top}")
+        if fault := room_fault(found, layer, room):
+            faults.append(f"{file} imports {found.name}: {fault}")
         if layer == "flows" and found.top == "ptq" and not any(map(found.is_in, allowed_nouns)):
             faults.append(f"{file} imports {found.name}: a flow takes only {', '.join(allowed_nouns)} from ptq")
         if layer == "flows" and found.at_import and found.top in HEAVY:
             faults.append(f"{file} imports {found.name} on import: a flow loads without heavy libraries")
-        if layer == "tasks" and found.top == "tasks" and not any(map(found.is_in, (*SHARED_TASK_MODULES, own_module))):
-            faults.append(f"{file} imports {found.name}: a task module imports no other")
-        if found.top in HOMES and file not in HOMES[found.top]:
+        if found.top in HOMES and not is_at_home(found.top, file):
             faults.append(f"{file} imports {found.name}: {found.top} belongs to {', '.join(sorted(HOMES[found.top]))}")
     return faults
 
@@ -153,13 +179,37 @@ def shadowed_module(name):
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_imports_keep_to_the_layers_and_to_the_homes_of_the_libraries(file):
+def test_imports_keep_to_the_layers_the_rooms_and_the_homes_of_the_libraries(file):
     assert faults_of((ROOT / file).read_text(), file) == []
 
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_files_of_every_layer_were_found(layer):
     assert [file for file in FILES if file.startswith(f"{layer}/") and not file.endswith("__init__.py")] != []
+
+
+def test_every_room_is_in_the_table_and_has_files():
+    found = {room_of(file.split("/")) for file in FILES if file.startswith("ptq/")} - {"__init__"}
+    assert found == set(ROOMS)
+
+
+def test_no_room_may_import_what_stands_above_it():
+    order = list(ROOMS)
+    assert [
+        room for room, below in ROOMS.items() if any(order.index(each) >= order.index(room) for each in below)
+    ] == []
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_a_light_module_loads_no_framework(name):
+    """Whatever it imports and whatever that imports, for every module of a room."""
+    folder = ROOT / name.replace(".", "/")
+    modules = [f"{name}.{path.stem}" for path in folder.glob("*.py") if path.stem != "__init__"] or [name]
+    program = f"import importlib, sys\nfor name in {modules}: importlib.import_module(name)\nprint(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
+    assert FRAMEWORKS & set(loaded.split()) == set()
 
 
 @pytest.mark.parametrize(
@@ -179,27 +229,33 @@ def test_a_name_that_would_shadow_a_module_is_noticed(name):
     [
         ("ptq/numerics/amax.py", "import prefect"),
         ("ptq/numerics/amax.py", "from prefect.logging import get_run_logger"),
-        ("ptq/numerics/amax.py", "from tasks import data"),
+        ("ptq/numerics/amax.py", "from tasks.stages import data"),
+        ("ptq/numerics/amax.py", "from ptq.engines.base import Engine"),
+        ("ptq/numerics/amax.py", "from ptq.quantization.prepared import plan_from_file"),
+        ("ptq/records/plan.py", "from ptq.numerics.amax import METHODS"),
+        ("ptq/graph/nodes.py", "from ..checks import run"),
+        ("ptq/errors.py", "from ptq.config import PtqConfig"),
         ("ptq/engines/openvino.py", "import flows.cli"),
-        ("ptq/engines/openvino.py", "from ...tasks import data"),
-        ("tasks/data.py", "from flows.cli import main"),
-        ("tasks/data.py", "import tasks.amax"),
-        ("tasks/data.py", "from tasks import amax"),
-        ("tasks/data.py", "from . import amax"),
-        ("tasks/data.py", "from .amax import compute_amax"),
-        ("tasks/stage.py", "from tasks.data import index_images"),
+        ("ptq/engines/openvino.py", "from ....tasks.stages import data"),
+        ("tasks/stages/data.py", "from flows.cli import main"),
+        ("tasks/stages/data.py", "import tasks.stages.amax"),
+        ("tasks/stages/data.py", "from tasks.stages import amax"),
+        ("tasks/stages/data.py", "from . import amax"),
+        ("tasks/stages/data.py", "from .amax import compute_amax"),
+        ("tasks/runtime/stage.py", "from tasks.stages.data import index_images"),
+        ("tasks/service/notices.py", "from tasks.stages.data import index_images"),
         ("flows/quantize_model.py", "from ptq.numerics.metrics import split_metrics"),
-        ("flows/quantize_model.py", "from ptq import metrics"),
+        ("flows/quantize_model.py", "from ptq import numerics"),
         ("flows/quantize_model.py", "import ptq"),
-        ("flows/quantize_model.py", "from ptq.records.verdict import Verdict"),
+        ("flows/quantize_model.py", "from ptq.api import evaluate_file"),
         ("flows/quantize_model.py", "from ptq.configuration import PtqConfig"),
         ("flows/cli.py", "def f():\n    from ptq.storage.store import open_store"),
         ("flows/cli.py", "import torch"),
-        ("ptq/activations.py", "import openvino"),
-        ("ptq/activations.py", "def f():\n    import openvino.properties as p"),
-        ("ptq/activations.py", "import importlib\nimportlib.import_module('openvino')"),
-        ("ptq/activations.py", "try:\n    import tensorrt\nexcept ImportError:\n    tensorrt = None"),
-        ("tasks/data.py", "import polars"),
+        ("ptq/engines/activations.py", "import openvino"),
+        ("ptq/engines/activations.py", "def f():\n    import openvino.properties as p"),
+        ("ptq/engines/activations.py", "import importlib\nimportlib.import_module('openvino')"),
+        ("ptq/engines/activations.py", "try:\n    import tensorrt\nexcept ImportError:\n    tensorrt = None"),
+        ("tasks/stages/data.py", "import polars"),
         ("ptq/evaluation/selection.py", "import polars as pl"),
         ("ptq/data/images.py", "from torchvision.transforms import v2"),
     ],
@@ -212,17 +268,23 @@ def test_an_import_that_breaks_a_rule_is_noticed(file, source):
     ("file", "source"),
     [
         ("ptq/numerics/amax.py", "import numpy as np\nimport torch\nfrom ptq.errors import CalibrationError"),
-        ("ptq/numerics/amax.py", "from ptq.prefect_names import flows, tasks"),
+        ("ptq/numerics/amax.py", "from ptq.numerics.histogram import Histograms\nfrom .latency import median"),
+        ("ptq/numerics/amax.py", "from prefect_names import flows, tasks"),
         ("ptq/engines/tensorrt.py", "def f():\n    import tensorrt"),
-        ("ptq/engines/tensorrt.py", "from .interface import Engine\nfrom ..errors import EngineBuildError"),
+        ("ptq/engines/tensorrt.py", "from .base import Engine\nfrom ..errors import EngineBuildError"),
+        ("ptq/report/html.py", "import polars as pl\nfrom ptq.evaluation.gate import HEADLINES"),
+        ("tasks/stages/data.py", "import prefect\nfrom ptq.data import index\nfrom tasks.runtime.stage import stage"),
         (
-            "tasks/data.py",
-            "import prefect\nfrom ptq import datasets\nfrom tasks.stage import stage\nfrom . import retries",
+            "tasks/service/watching.py",
+            "from tasks.service.announcements import announce\nfrom ..runtime import retries",
         ),
-        ("flows/quantize_model.py", "from ptq import config\nfrom tasks.data import index_images\nimport prefect"),
+        (
+            "flows/quantize_model.py",
+            "from ptq import config\nfrom tasks.stages.data import index_images\nimport prefect",
+        ),
         (
             "flows/cli.py",
-            "from ptq.records.verdict import Verdict\ndef f():\n    import torch\n    from ptq import terminal",
+            "from ptq.records.verdict import Verdict\ndef f():\n    import torch\n    from ptq import api",
         ),
     ],
 )

@@ -29,11 +29,10 @@ from prefect.client.schemas.filters import (
 )
 
 from flows.quantize_model import quantize_model
-from ptq import machine_lock
 from ptq.config import PtqConfig
 from ptq.errors import PtqError, UsageError
 from ptq.storage.store import open_store
-from tasks import dask_stages, runners
+from tasks.runtime import dask_runner, machine_lock, runners
 
 ROOT = Path(__file__).resolve().parents[2]
 SPREAD = ("collect_shard", "compute_amax", "evaluate")
@@ -226,7 +225,7 @@ def test_two_workers_give_the_same_bits_as_threads_and_find_them_again(cluster, 
     runs = await_task_runs(again, count=spread)
     assert {run.state.name for run in runs} == {"Cached"}
     assert len(runs) == spread
-    seen = cluster.client.run(lambda: "tasks.calibration" in sys.modules)
+    seen = cluster.client.run(lambda: "tasks.stages.calibration" in sys.modules)
     assert list(seen.values()) == [True, True]
 
 
@@ -245,7 +244,7 @@ def test_two_workers_give_the_same_bits_as_threads_and_find_them_again(cluster, 
 def test_a_worker_whose_results_could_differ_or_be_missed_is_refused(
     cluster, configure, monkeypatch, name, change, message
 ):
-    module = runners if name == "terms_of_run" else dask_stages
+    module = runners if name == "terms_of_run" else dask_runner
     original = getattr(module, name)
     monkeypatch.setattr(module, name, lambda *args, **kwargs: change(original(*args, **kwargs)))
     with pytest.raises(UsageError, match=rf"Dask worker tcp://127\.0\.0\.1:[0-9]+ {message}"):
@@ -274,7 +273,7 @@ def test_a_worker_that_is_killed_in_a_stage_changes_nothing_but_the_time(cluster
 
 
 def test_a_cluster_that_loses_its_last_worker_ends_the_run_with_what_to_do(cluster, configure, monkeypatch):
-    monkeypatch.setattr(dask_stages, "WITHOUT_WORKERS_S", 3.0)
+    monkeypatch.setattr(dask_runner, "WITHOUT_WORKERS_S", 3.0)
     with ThreadPoolExecutor(1) as killer, cluster.hold():
         killed = killer.submit(copy_context().run, cluster.kill_worker_in, "collect_shard")
         with pytest.raises(PtqError, match=r"Dask cluster at runner\.address tcp://.* has had no worker for [3-9] s"):
@@ -283,7 +282,7 @@ def test_a_cluster_that_loses_its_last_worker_ends_the_run_with_what_to_do(clust
 
 
 def test_a_scheduler_without_workers_is_told_of_within_the_time_they_have(cluster, configure, monkeypatch):
-    monkeypatch.setattr(dask_stages, "WITHOUT_WORKERS_S", 1.0)
+    monkeypatch.setattr(dask_runner, "WITHOUT_WORKERS_S", 1.0)
     with pytest.raises(PtqError, match=r"has had no worker for 1 s.* `dask worker tcp://127\.0\.0\.1:[0-9]+ --nthr"):
         quantize_model(configure(cluster.address))
 
@@ -331,7 +330,7 @@ def wrong_address(request):
 def test_an_address_where_no_scheduler_answers_is_named_within_the_time_to_connect(
     configure, monkeypatch, wrong_address
 ):
-    monkeypatch.setattr(dask_stages, "CONNECT_S", 1.0)
+    monkeypatch.setattr(dask_runner, "CONNECT_S", 1.0)
     with pytest.raises(UsageError, match=rf"No Dask scheduler answers at runner\.address {wrong_address}: \w+"):
         quantize_model(configure(wrong_address))
 

@@ -11,12 +11,12 @@ from ptq.config import LabelledMethod, PtqConfig
 from ptq.records.verdict import Verdict
 from ptq.report.terminal import tables_of_verdict
 from ptq.storage.store import open_store
-from tasks.amax import compute_amax
-from tasks.calibration import collect_statistics
-from tasks.data import draw_calibration_images, index_images
-from tasks.fallback import carry_amax
-from tasks.modules import replace_modules
-from tasks.stage import RunContext
+from tasks.runtime.stage import RunContext
+from tasks.stages.amax import compute_amax
+from tasks.stages.calibration import collect_statistics
+from tasks.stages.data import draw_calibration_images, index_images
+from tasks.stages.fallback import carry_amax
+from tasks.stages.model import replace_modules
 
 pytestmark = pytest.mark.usefixtures("prefect_backend")
 

@@ -24,8 +24,8 @@ from flows.receiver import receive, receiver_app, receiver_token
 from flows.watch_checkpoints import watch_checkpoints
 from ptq.errors import UsageError
 from ptq.files import file_digest
-from tasks import watching
-from tasks.watching import Inbox
+from tasks.service import watching
+from tasks.service.watching import Inbox
 
 pytestmark = pytest.mark.usefixtures("prefect_backend")
 

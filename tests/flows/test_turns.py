@@ -6,8 +6,8 @@ import pytest
 
 from flows.quantize_model import quantize_model
 from ptq.config import PtqConfig
-from tasks import service
-from tasks.service import turn_of
+from tasks.service import model_lock as service
+from tasks.service.model_lock import turn_of
 
 
 def in_another_context(function, *args):

@@ -19,7 +19,7 @@ from flows import cli
 from flows.watch_checkpoints import watch_checkpoints
 from ptq.errors import ArtifactError
 from ptq.files import file_digest
-from tasks import announcements
+from tasks.service import announcements
 
 pytestmark = pytest.mark.usefixtures("prefect_backend")
 
@@ -119,7 +119,7 @@ KILLED = """
 import os, signal, sys
 from flows import cli
 from flows.watch_checkpoints import watch_checkpoints
-from tasks import announcements
+from tasks.service import announcements
 
 confirm, left = announcements.confirm, [int(sys.argv[1])]
 

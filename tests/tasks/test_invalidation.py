@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 
 from flows.quantize_model import quantize_model
-from ptq import provenance, source_digests
+from ptq import provenance
 from ptq.config import PtqConfig
-from ptq.source_digests import NOT_COUNTED, SourceTree
 from ptq.storage.store import open_store
+from tasks.runtime import code_digest
+from tasks.runtime.code_digest import NOT_COUNTED, SourceTree
 
 ROOT = Path(__file__).parents[2]
 STAGES = {
@@ -81,7 +82,7 @@ def test_there_are_stages_to_look_at():
         ("ptq/evaluation/gate.py", "decide", {"decide"}),
         ("ptq/numerics/metrics.py", "mcnemar_p", {"select_candidate", "compare_with_served"}),
         ("ptq/evaluation/versus_published.py", "compare", {"compare_with_served"}),
-        ("ptq/machine_lock.py", "shared_machine", set()),
+        ("tasks/runtime/machine_lock.py", "shared_machine", set()),
         ("ptq/numerics/metrics.py", "split_metrics", EVALUATIONS),
         ("ptq/engines/openvino.py", "OpenVinoEngine.build", ON_ENGINE),
         ("ptq/engines/openvino.py", "open_activation_readers", ON_READERS),
@@ -90,9 +91,9 @@ def test_there_are_stages_to_look_at():
         ("ptq/report/deliver.py", "compose_verdict", set()),
         ("ptq/storage/store.py", "Store.put_file", set()),
         ("ptq/storage/cache.py", "ObjectCache.find", set()),
-        ("tasks/evaluation.py", "_evaluate", EVALUATIONS),
-        ("tasks/amax.py", "compute_amax", {"compute_amax"}),
-        ("tasks/stage.py", "stage", set()),
+        ("tasks/stages/evaluation.py", "_evaluate", EVALUATIONS),
+        ("tasks/stages/amax.py", "compute_amax", {"compute_amax"}),
+        ("tasks/runtime/stage.py", "stage", set()),
     ],
 )  # fmt: skip
 def test_a_line_of_code_changes_the_stages_that_reach_it(tmp_path, before, file, function, expected):
@@ -318,7 +319,7 @@ def test_the_same_checkpoint_elsewhere_repeats_nothing(base, tmp_path):
 )
 def test_another_version_of_a_library_repeats_the_stages_that_name_it(base, monkeypatch, library, expected):
     known = provenance._version
-    monkeypatch.setattr(source_digests, "_version", lambda name: "0.0" if name == library else known(name))
+    monkeypatch.setattr(code_digest, "_version", lambda name: "0.0" if name == library else known(name))
     provenance.library_versions.cache_clear()
     found = computed(base)
     provenance.library_versions.cache_clear()

@@ -1,0 +1,1 @@
+"""What makes a function a cached stage, and where does it run?"""

@@ -1,0 +1,1 @@
+"""What the flows need that run by themselves."""

@@ -1,0 +1,60 @@
+"""Stages that export the Q/DQ graph once and write candidates from it."""
+
+import json
+import tempfile
+from pathlib import Path
+
+from prefect.logging import get_run_logger
+
+from ptq.config import Dialect, WeightMethod
+from ptq.files import arrays_from_npz
+from ptq.graph.candidate import write_candidate
+from ptq.graph.insertion import write_qdq_template
+from ptq.quantization.prepare_torch import write_template
+from ptq.quantization.prepared import plan_from_file
+from ptq.records.base import ArtifactRef
+from ptq.records.calibration import AmaxRecord
+from ptq.records.graph import GraphRecord
+from ptq.records.plan import ModelRecord
+from ptq.storage.store import open_store
+from tasks.runtime.stage import RunContext, stage
+
+
+@stage(returns=ArtifactRef, timeout_seconds=1800)
+def export_qdq(model: ModelRecord, *, weight_method: WeightMethod, run: RunContext) -> ArtifactRef:
+    """Write the Q/DQ template of every candidate: the fake-quantized model, or an ONNX file's graph with pairs."""
+    store = open_store(run.store_uri)
+    weights, plan = store.get_path(model.weights), plan_from_file(store.get_path(model.plan))
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "template.onnx"
+        if model.source == "onnx":
+            write_qdq_template(weights, path, plan=plan, weight_method=weight_method)
+        else:
+            write_template(
+                path, weights=weights, plan=plan, name=model.name, num_classes=model.num_classes,
+                input_shape=model.input_shape, weight_method=weight_method,
+            )  # fmt: skip
+        template = store.put_file(path)
+    get_run_logger().info("Exported the Q/DQ template, %d bytes", template.size_bytes)
+    return template
+
+
+@stage(returns=GraphRecord, timeout_seconds=600, run_name="write_graph-{dialect}")
+def write_graph(
+    model: ModelRecord, template: ArtifactRef, amax: AmaxRecord, *, dialect: Dialect, name: str, run: RunContext
+) -> GraphRecord:
+    """Write the Q/DQ graph of one amax table in one dialect."""
+    store = open_store(run.store_uri)
+    plan = plan_from_file(store.get_path(model.plan))
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / name
+        write_candidate(
+            store.get_path(template),
+            path,
+            plan=plan,
+            dialect=dialect,
+            activation_amax=json.loads(store.get_bytes(amax.table)),
+            biases=arrays_from_npz(store.get_path(amax.biases)) if amax.biases else None,
+            metadata={"checkpoint_sha256": model.checkpoint_sha256, "method": amax.method, "trial": str(amax.trial)},
+        )
+        return GraphRecord(onnx=store.put_file(path), dialect=dialect, quantizers=len(plan.quantizers))

@@ -1,0 +1,120 @@
+"""The stage that loads a checkpoint and replaces modules by quantized ones."""
+
+import dataclasses
+import tempfile
+from functools import partial
+from pathlib import Path
+
+from prefect.logging import get_run_logger
+
+from ptq.calibration.calibrate import RANGE_IMAGES, ranges_from_files
+from ptq.config import ModelConfig, Normalization, QuantizationConfig
+from ptq.data.remote_inputs import Inputs, checkpoint_file, is_remote
+from ptq.graph.source import source_digest
+from ptq.networks.checkpoint import model_sources
+from ptq.networks.factory import factory_digest
+from ptq.quantization.prepare_onnx import equalize_onnx_model, prepare_onnx_model
+from ptq.quantization.prepare_torch import equalize_model, prepare_model
+from ptq.quantization.prepared import plan_from_file
+from ptq.records.calibration import CalibrationDraws
+from ptq.records.plan import ModelRecord
+from ptq.storage.store import open_store
+from tasks.runtime.stage import RunContext, stage
+
+
+def _sources(model: ModelConfig, run: RunContext) -> list[str]:
+    """The name of a model and the digests of what it is made from, wherever that lies.
+
+    A checkpoint in S3 that was read before is not read again for its digest.
+    """
+    if is_remote(model.checkpoint):
+        sha256 = Inputs(open_store(run.store_uri)).checkpoint_digest(model.checkpoint)
+        return [model.name, sha256, *([] if model.is_onnx else [factory_digest(model.name)])]
+    checkpoint = Path(model.checkpoint)
+    return [model.name, *([source_digest(checkpoint)] if model.is_onnx else model_sources(model.name, checkpoint))]
+
+
+@stage(returns=ModelRecord, timeout_seconds=1800, ignore=("model",), reads=_sources)
+def replace_modules(
+    model: ModelConfig,
+    placement: QuantizationConfig,
+    *,
+    class_names: tuple[str, ...],
+    has_named_classes: bool,
+    input_shape: tuple[int, int, int],
+    run: RunContext,
+) -> ModelRecord:
+    """Load the checkpoint or the ONNX file, fold BatchNorm and decide where quantizers go."""
+    store = open_store(run.store_uri)
+    prepare = prepare_onnx_model if model.is_onnx else partial(prepare_model, name=model.name)
+    with checkpoint_file(model.checkpoint, store) as checkpoint, tempfile.TemporaryDirectory() as directory:
+        prepared = prepare(
+            checkpoint=checkpoint,
+            class_count=len(class_names),
+            has_named_classes=has_named_classes,
+            input_shape=input_shape,
+            quantization=placement,
+            directory=Path(directory),
+        )
+        files = {name: store.put_file(path) for name, path in prepared.files.items()}
+    plan = prepared.plan
+    for warning in prepared.warnings:
+        get_run_logger().warning(warning)
+    get_run_logger().info(
+        "Placed %d activation and %d weight quantizers; %d of %d residual adds have one quantized operand",
+        len(plan.activations), len(plan.weights), plan.quantized_residual_adds, plan.residual_adds,
+    )  # fmt: skip
+    return ModelRecord(
+        name=model.name,
+        checkpoint_sha256=prepared.checkpoint_sha256,
+        input_shape=input_shape,
+        num_classes=prepared.num_classes,
+        class_names=class_names,
+        warnings=prepared.warnings,
+        source="onnx" if model.is_onnx else "torch",
+        **files,
+    )
+
+
+@stage(returns=ModelRecord, timeout_seconds=3600, ignore=("threads",))
+def equalize_channels(
+    model: ModelRecord,
+    reference: ModelRecord,
+    draws: CalibrationDraws,
+    normalization: Normalization,
+    *,
+    threads: int,
+    run: RunContext,
+) -> ModelRecord:
+    """Scale channels against the layers around them, by the ranges that `reference` shows on drawn images.
+
+    A PyTorch network that cannot be traced comes back as it is.
+    """
+    store = open_store(run.store_uri)
+    plan = plan_from_file(store.get_path(reference.plan))
+    if not plan.traced:
+        return model
+    ranges = ranges_from_files(
+        observed_onnx=store.get_path(reference.observed_onnx),
+        plan=plan,
+        pixels=store.get_path(draws.prepared.pixels),
+        images=RANGE_IMAGES,
+        mean=normalization.mean,
+        std=normalization.std,
+        threads=threads,
+    )
+    equalize = partial(
+        equalize_model, name=model.name, num_classes=model.num_classes, input_shape=model.input_shape
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as directory:
+        files, changed = (equalize_onnx_model if model.source == "onnx" else equalize)(
+            weights=store.get_path(model.weights),
+            plan=plan_from_file(store.get_path(model.plan)),
+            ranges=ranges,
+            directory=Path(directory),
+        )
+        stored = {name: store.put_file(path) for name, path in files.items()}
+    get_run_logger().info("Scaled %d channels so that the ranges within a tensor come closer", changed)
+    if not stored:
+        return model
+    return dataclasses.replace(model, weights=stored["weights"], observed_onnx=stored["observed_onnx"])
