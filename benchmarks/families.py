@@ -40,7 +40,7 @@ from ptq.graph.summary import summarize_onnx
 from ptq.networks.fake_quant import exportable_fake_quant, fake_quant_from_folded, weight_amax
 from ptq.numerics.latency import TimedCalls, interleave, summarize
 from ptq.numerics.metrics import cosine_per_image, sqnr_db
-from ptq.quantization.prepare_torch import folded_from_state, prepare_model, write_template
+from ptq.quantization.prepare_torch import folded_from_state, prepare_torch_model, write_template
 from ptq.quantization.prepared import PreparedModel
 
 DIALECTS: tuple[Dialect, ...] = ("cpu", "tensorrt")
@@ -80,7 +80,7 @@ class Network:
         if not checkpoint.is_file():
             state = realistic_network(self.name, side=self.side).state_dict()
             safetensors.torch.save_file({key: value.contiguous() for key, value in state.items()}, checkpoint)
-        prepared = prepare_model(
+        prepared = prepare_torch_model(
             name=self.name, checkpoint=checkpoint, class_count=1, has_named_classes=False,
             input_shape=(3, self.side, self.side), quantization=quantization, directory=self.directory,
         )  # fmt: skip

@@ -28,7 +28,7 @@ from ptq.data.images import network_input
 from ptq.engines.openvino_activations import open_activation_readers
 from ptq.graph.candidate import write_candidate
 from ptq.numerics.metrics import cosine_per_image
-from ptq.quantization.prepare_torch import prepare_model, write_template
+from ptq.quantization.prepare_torch import prepare_torch_model, write_template
 
 NETWORKS = ("resnet18", "resnet50", "mobilenet_v2")
 DIALECTS: tuple[Dialect, ...] = ("tensorrt", "cpu")
@@ -51,7 +51,7 @@ def sound_graphs(name: str, *, side: int, directory: Path) -> list[Sound]:
     checkpoint = directory / "checkpoint.safetensors"
     state = realistic_network(name, side=side).state_dict()
     safetensors.torch.save_file({key: value.contiguous() for key, value in state.items()}, checkpoint)
-    prepared = prepare_model(
+    prepared = prepare_torch_model(
         name=name, checkpoint=checkpoint, class_count=1, has_named_classes=False, input_shape=shape,
         quantization=QuantizationConfig(), directory=directory,
     )  # fmt: skip

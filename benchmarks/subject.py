@@ -31,7 +31,7 @@ from ptq.files import npy_from_array
 from ptq.graph.candidate import write_candidate
 from ptq.numerics.histogram import Histograms
 from ptq.provenance import library_versions
-from ptq.quantization.prepare_torch import equalize_model, prepare_model, write_template
+from ptq.quantization.prepare_torch import equalize_model, prepare_torch_model, write_template
 from ptq.quantization.prepared import PreparedModel
 
 
@@ -71,7 +71,7 @@ class Subject:
             options.data, calibration_split="train", selection_split="val", test_split="test"
         )
         self.shape = (options.channels, options.crop, options.crop)
-        self.prepared: PreparedModel = prepare_model(
+        self.prepared: PreparedModel = prepare_torch_model(
             name=options.model,
             checkpoint=options.checkpoint,
             class_count=len(self.index.class_names),

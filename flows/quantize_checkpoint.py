@@ -5,7 +5,7 @@ from prefect.states import Completed, State
 
 from flows.quantize_model import quantize_model
 from ptq.records.decision import RunResult
-from tasks.service.model_lock import turn_of
+from tasks.service.model_lock import model_lock
 from tasks.service.models import is_superseded, load_model_config
 from tasks.service.notices import announce
 
@@ -31,7 +31,7 @@ def quantize_checkpoint(
         notify: Prefect notification blocks that are told of a rejected model, such as slack-webhook/operations.
     """
     config = load_model_config(models, model, checkpoint=uri)
-    with turn_of(config.model.published_name, config.output.store):
+    with model_lock(config.model.published_name, config.output.store):
         if is_superseded(config, sha256):
             return Completed(name="Superseded", message=f"{uri} was replaced since; an event of its own tells of it.")
         result = quantize_model(config)

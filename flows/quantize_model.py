@@ -11,7 +11,7 @@ from prefect.logging import get_run_logger
 
 from ptq.config import Dialect, EngineConfig, Precision, PtqConfig
 from ptq.records.base import ArtifactRef, digest
-from ptq.records.benchmark import ServedLatency
+from ptq.records.benchmark import PublishedLatency
 from ptq.records.calibration import AmaxRecord, CalibrationDraws, StatisticsRecord
 from ptq.records.data import DataRecord, PreparedImages
 from ptq.records.decision import Attempt, AttemptKind, Publication, RunFindings, RunResult
@@ -20,19 +20,31 @@ from ptq.records.graph import EngineIdentity
 from ptq.records.plan import ModelRecord
 from tasks.runtime.runners import StageRunner, spread_stages
 from tasks.runtime.stage import RunContext
-from tasks.service.model_lock import turn_of
+from tasks.service.model_lock import model_lock
 from tasks.stages.amax import compute_amax
 from tasks.stages.benchmark import benchmark
 from tasks.stages.calibration import collect_shard, collect_statistics, correct_biases, merge_statistics
 from tasks.stages.data import draw_calibration_images, index_images, prepare_split
 from tasks.stages.engine import build_engine, list_precisions, resolve_engine
-from tasks.stages.evaluation import evaluate, evaluate_baseline, evaluate_served, select_candidate
+from tasks.stages.evaluation import evaluate, evaluate_baseline, evaluate_published, select_candidate
 from tasks.stages.export import export_qdq, write_graph
-from tasks.stages.fallback import carry_amax, choose_methods, conclude, fine_tune, is_worth_trying, rank_layers
+from tasks.stages.fallback import (
+    carry_amax,
+    choose_methods,
+    fine_tune,
+    is_worth_trying,
+    rank_layers,
+    summarize_attempts,
+)
 from tasks.stages.graph_checks import validate_graph
-from tasks.stages.model import equalize_channels, replace_modules
+from tasks.stages.model import equalize_channels, prepare_model
 from tasks.stages.publication import check_destinations, decide, publish, write_report
-from tasks.stages.versus_published import benchmark_served, compare_with_served, decide_on_served, find_served
+from tasks.stages.versus_published import (
+    benchmark_published,
+    compare_with_published,
+    decide_on_published,
+    find_published,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +79,7 @@ def quantize_model(config: PtqConfig) -> RunResult:
     """
     get_run_logger().info("Config %s: %s", digest(config)[:12], config.model_dump_json())
     check_destinations(config)
-    with turn_of(config.model.published_name, config.output.store) as waited_s:
+    with model_lock(config.model.published_name, config.output.store) as waited_s:
         return replace(_quantize_model(config), waited_s=round(waited_s, 1))
 
 
@@ -89,7 +101,7 @@ def _quantize_model(config: PtqConfig) -> RunResult:
     has_selection = any(split.split == data_config.selection_split for split in data.splits)
     selection_split = data_config.selection_split if has_selection else data_config.test_split
     splits = tuple(dict.fromkeys((selection_split, data_config.test_split)))
-    loaded = replace_modules(
+    loaded = prepare_model(
         config.model, config.quantization.placement, class_names=data.class_names,
         has_named_classes=data.has_named_classes, input_shape=_input_shape(config), run=run,
     )  # fmt: skip
@@ -137,7 +149,7 @@ def _quantize_model(config: PtqConfig) -> RunResult:
     if is_worth_trying(findings, config.fallback, config.gate):
         findings = _fall_back(setting, findings)
     if findings.decision.accepted:
-        findings = _hold_against_served(setting, findings)
+        findings = _compare_with_published(setting, findings)
     if findings.decision.accepted:
         findings = replace(findings, publication=publish(findings, config, run=run))
     return write_report(config, findings, run=run)
@@ -228,42 +240,42 @@ def _judge(
     )  # fmt: skip
 
 
-def _hold_against_served(setting: _Setting, findings: RunFindings) -> RunFindings:
+def _compare_with_published(setting: _Setting, findings: RunFindings) -> RunFindings:
     """Compare an accepted model with the version that it would replace, on the same images and in turns."""
     config, run, threads = setting.config, setting.run, setting.config.engine.threads
     remainder, test = config.engine.float_remainder, config.data.test_split
     model, selection = findings.model, findings.selection
-    served = find_served(config.model.published_name, model, findings.graphs[0], run=run)
-    if served is None:
+    published = find_published(config.model.published_name, model, findings.graphs[0], run=run)
+    if published is None:
         return findings
-    evaluations: dict[Literal["new", "served"], EvaluationRecord] = {}
-    latencies: Sequence[ServedLatency] = ()
-    if served.onnx is not None:
+    evaluations: dict[Literal["new", "published"], EvaluationRecord] = {}
+    latencies: Sequence[PublishedLatency] = ()
+    if published.onnx is not None:
         evaluations["new"] = next(item for item in findings.candidates if item.candidate == selection.candidate)
-        evaluations["served"] = evaluate_served(
-            served.onnx, setting.baseline, {test: setting.images[test]}, config.data.preprocessing.normalization,
+        evaluations["published"] = evaluate_published(
+            published.onnx, setting.baseline, {test: setting.images[test]}, config.data.preprocessing.normalization,
             engine=setting.engine, identity=setting.identity, run=run,
         )  # fmt: skip
         new = [engine for engine in findings.engines if engine.precision == "int8"]
         old = [
             build_engine(
-                served.onnx, "int8", engine.batch_size, threads=threads, float_remainder=remainder,
+                published.onnx, "int8", engine.batch_size, threads=threads, float_remainder=remainder,
                 identity=setting.identity, run=run,
             )
             for engine in new
         ]  # fmt: skip
-        latencies = benchmark_served(
+        latencies = benchmark_published(
             new, old, config.benchmark, threads=threads, float_remainder=remainder, input_shape=model.input_shape,
             run=run,
         )  # fmt: skip
     best = next(
         table for table in findings.tables if (table.method, table.trial) == (selection.method, selection.trial)
     )
-    comparison = compare_with_served(served, best, evaluations, latencies, config.gate, test_split=test, run=run)
-    decision = decide_on_served(
+    comparison = compare_with_published(published, best, evaluations, latencies, config.gate, test_split=test, run=run)
+    decision = decide_on_published(
         findings.decision, comparison, publish_inconclusive=config.gate.publish_inconclusive, run=run
     )
-    return replace(findings, decision=decision, served=comparison)
+    return replace(findings, decision=decision, versus_published=comparison)
 
 
 def _fall_back(setting: _Setting, first: RunFindings) -> RunFindings:
@@ -275,7 +287,7 @@ def _fall_back(setting: _Setting, first: RunFindings) -> RunFindings:
         if attempt.decision.accepted:
             found = findings
             break
-    decision = conclude(first.decision, first.selection.candidate, attempts, run=setting.run)
+    decision = summarize_attempts(first.decision, first.selection.candidate, attempts, run=setting.run)
     return replace(found, decision=decision, attempts=tuple(attempts))
 
 
@@ -303,7 +315,7 @@ def _attempts(setting: _Setting, first: RunFindings) -> Iterator[tuple[Attempt, 
         for group in ranking.groups:
             skipped = (*config.quantization.skip_layers, *group.layers)
             quantization = config.quantization.model_copy(update={"skip_layers": skipped})
-            model = replace_modules(
+            model = prepare_model(
                 config.model, quantization.placement, class_names=setting.data.class_names,
                 has_named_classes=setting.data.has_named_classes, input_shape=first.model.input_shape, run=run,
             )  # fmt: skip

@@ -7,7 +7,7 @@ from prefect.states import Completed, Failed, State
 
 from flows.quantize_model import quantize_model
 from tasks.service.models import find_models, load_model_config
-from tasks.service.nightly import failure_of, note_night
+from tasks.service.nightly import failure_of, keep_nightly_result
 from tasks.service.notices import announce
 
 
@@ -46,6 +46,6 @@ def _requantize(models: str, name: str, notify: list[str]) -> str:
     if result is not None:
         states.append(announce(result, notify, return_state=True))
     run_id = run.state_details.flow_run_id
-    states.append(note_night(config, run_id, result, error=failure_of(run), return_state=True))
+    states.append(keep_nightly_result(config, run_id, result, error=failure_of(run), return_state=True))
     failures = [failure for state in states if (failure := failure_of(state))]
     return f"{name}: {'; '.join(failures)}" if failures else ""

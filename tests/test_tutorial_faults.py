@@ -12,7 +12,7 @@ from ptq.config import QuantizationConfig
 from ptq.data.sampling import draw_calibration_indices
 from ptq.dialect import observed_names
 from ptq.engines import open_activation_readers
-from ptq.quantization.prepare_torch import prepare_model
+from ptq.quantization.prepare_torch import prepare_torch_model
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
 MEAN, STD = [0.5] * 3, [0.25] * 3
@@ -22,7 +22,7 @@ MEAN, STD = [0.5] * 3, [0.25] * 3
 def prepared(tmp_path_factory):
     directory = tmp_path_factory.mktemp("model")
     torch.save(small_resnet().state_dict(), directory / "small.pth")
-    return prepare_model(
+    return prepare_torch_model(
         name="networks:SmallResNet", checkpoint=directory / "small.pth", class_count=4, has_named_classes=True,
         input_shape=(3, 16, 16), quantization=QuantizationConfig(), directory=directory,
     )  # fmt: skip

@@ -28,7 +28,7 @@ from ptq.numerics.latency import (
     summarize,
     transfer_warnings,
 )
-from ptq.records.benchmark import BenchmarkRecord, EndToEnd, Measurement, ServedLatency
+from ptq.records.benchmark import BenchmarkRecord, EndToEnd, Measurement, PublishedLatency
 from ptq.records.graph import EngineRecord, Int8Share
 
 COMPUTE_ONLY = "compute alone, in a CUDA graph; with transfers measured apart"
@@ -120,7 +120,7 @@ def measure_engines(
 
 def measure_against(
     new: Sequence[LoadedEngine],
-    served: Sequence[LoadedEngine],
+    published: Sequence[LoadedEngine],
     *,
     threads: int,
     float_remainder: Literal["fp32", "bf16"],
@@ -129,7 +129,7 @@ def measure_against(
     duration_s: float,
     min_iterations: int,
     rounds: int,
-) -> tuple[ServedLatency, ...]:
+) -> tuple[PublishedLatency, ...]:
     """Returns the latencies of a new model's engines and of those in service, of each batch size in short turns.
 
     The other arguments are those of `measure_engines`; there are at least `LEAST_TURNS` rounds, warmed up once.
@@ -138,7 +138,7 @@ def measure_against(
         EngineBuildError: an engine cannot be loaded.
         ValueError: the two have engines of other batch sizes.
     """
-    sizes = [{item.record.batch_size: item for item in items} for items in (new, served)]
+    sizes = [{item.record.batch_size: item for item in items} for items in (new, published)]
     if sizes[0].keys() != sizes[1].keys():
         raise ValueError(f"The new engines have the batch sizes {list(sizes[0])}, those in service {list(sizes[1])}.")
     engine = open_engine(new[0].record.engine.name, threads=threads)
@@ -160,7 +160,7 @@ def measure_against(
             summarize("int8", batch_size, samples, elapsed_s=elapsed_s) for samples, elapsed_s in taken.values()
         )
         ratios = tuple(a / b for a, b in zip(ours.rounds_median_ms, theirs.rounds_median_ms, strict=True))
-        found.append(ServedLatency(batch_size, ours.median_ms, theirs.median_ms, ratios))
+        found.append(PublishedLatency(batch_size, ours.median_ms, theirs.median_ms, ratios))
     return tuple(found)
 
 

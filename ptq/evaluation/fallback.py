@@ -250,7 +250,7 @@ def describe_fine_tuning(found: FineTuned, *, images: int, learning_rate: float)
     return f"QAT, which changed the weights: {passes}, loss {first:.4f} to {kept:.4f}"
 
 
-def conclude(first: GateDecision, candidate: str, attempts: Sequence[Attempt]) -> GateDecision:
+def summarize_attempts(first: GateDecision, candidate: str, attempts: Sequence[Attempt]) -> GateDecision:
     """Returns the decision of the last attempt if it was accepted, else the first, with what was tried as reasons.
 
     Args:

@@ -11,29 +11,29 @@ from ptq.config import Dialect
 from ptq.errors import PtqError
 from ptq.graph.summary import summarize_onnx
 from ptq.records.base import ArtifactRef
-from ptq.records.benchmark import ServedLatency
-from ptq.records.decision import AmaxDrift, GateDecision, ServedComparison, ServedDecision, ServedModel
+from ptq.records.benchmark import PublishedLatency
+from ptq.records.decision import AmaxDrift, GateDecision, PublishedComparison, PublishedDecision, PublishedModel
 from ptq.records.evaluation import PairedComparison
 from ptq.storage.store import Store
 
 # A layer whose amax changes by more than this factor sees other activations than before.
 NOTABLE_DRIFT = 2.0
 _LAYERS_NAMED = 3
-_SEVEREST: tuple[ServedDecision, ...] = ("regress", "inconclusive", "accept")
+_SEVEREST: tuple[PublishedDecision, ...] = ("regress", "inconclusive", "accept")
 
 
 def compare(
     *,
     version: str,
-    served_top1_percent: float,
+    published_top1_percent: float,
     new_top1_percent: float,
     paired: PairedComparison,
-    latencies: Sequence[ServedLatency],
-    served_amax: Mapping[str, float],
+    latencies: Sequence[PublishedLatency],
+    published_amax: Mapping[str, float],
     new_amax: Mapping[str, float],
     max_regression_pp: float,
     max_slowdown: float,
-) -> ServedComparison:
+) -> PublishedComparison:
     """Returns how a new model compares with the version in service, and whether it may take its place.
 
     A model is worse where its top-1 is more than `max_regression_pp` below, or its median latency more than
@@ -44,11 +44,11 @@ def compare(
 
     Args:
         version: the version in service.
-        served_top1_percent: its top-1 on the test split, in percent.
+        published_top1_percent: its top-1 on the test split, in percent.
         new_top1_percent: the new model's, on the same images.
         paired: the two, image by image; the version in service in FP32's place.
         latencies: per batch size, measured in turns.
-        served_amax: amax of each activation quantizer of the version in service.
+        published_amax: amax of each activation quantizer of the version in service.
         new_amax: the same of the new model.
         max_regression_pp: largest loss of top-1, in percentage points.
         max_slowdown: largest ratio of median latencies.
@@ -58,35 +58,37 @@ def compare(
     """
     accuracy, accuracy_reason = _accuracy(paired, max_regression_pp)
     speed, speed_reason = _speed(latencies, max_slowdown)
-    drift = amax_drift(served_amax, new_amax)
+    drift = amax_drift(published_amax, new_amax)
     decision = min((accuracy, speed), key=_SEVEREST.index)
     ordered = sorted(((accuracy, accuracy_reason), (speed, speed_reason)), key=lambda item: item[0] != decision)
-    return ServedComparison(
+    return PublishedComparison(
         version=version,
         decision=decision,
         reasons=(*(reason for _, reason in ordered if reason), *_drift_reasons(drift)),
-        served_top1_percent=served_top1_percent,
+        published_top1_percent=published_top1_percent,
         new_top1_percent=new_top1_percent,
         paired=paired,
         latencies=tuple(latencies),
         drift=drift,
-        quantizers_of_one_alone=tuple(sorted(set(served_amax) ^ set(new_amax))),
+        quantizers_of_one_alone=tuple(sorted(set(published_amax) ^ set(new_amax))),
     )
 
 
-def incomparable(served: ServedModel) -> ServedComparison:
+def incomparable(published: PublishedModel) -> PublishedComparison:
     """Returns the comparison with a version that cannot be compared: inconclusive, with its obstacle as the reason."""
     reason = (
-        f"Version {served.version} in service cannot be compared: {served.obstacle}. Publish under another name "
+        f"Version {published.version} in service cannot be compared: {published.obstacle}. Publish under another name "
         "(model.publish_as), or set gate.publish_inconclusive."
     )
-    return ServedComparison(
-        version=served.version, decision="inconclusive", reasons=(reason,), served_top1_percent=None,
+    return PublishedComparison(
+        version=published.version, decision="inconclusive", reasons=(reason,), published_top1_percent=None,
         new_top1_percent=None, paired=None, latencies=(), drift=(),
     )  # fmt: skip
 
 
-def held_against(decision: GateDecision, comparison: ServedComparison, *, publish_inconclusive: bool) -> GateDecision:
+def held_against(
+    decision: GateDecision, comparison: PublishedComparison, *, publish_inconclusive: bool
+) -> GateDecision:
     """Returns the gate's decision on an accepted model after its comparison with the version in service."""
     allowed = ("accept", "inconclusive") if publish_inconclusive else ("accept",)
     is_accepted = decision.accepted and comparison.decision in allowed
@@ -97,30 +99,30 @@ def held_against(decision: GateDecision, comparison: ServedComparison, *, publis
     return GateDecision(False, (f"{head} {comparison.reasons[0]}", *comparison.reasons[1:], *decision.reasons))
 
 
-def amax_drift(served: Mapping[str, float], new: Mapping[str, float]) -> tuple[AmaxDrift, ...]:
+def amax_drift(published: Mapping[str, float], new: Mapping[str, float]) -> tuple[AmaxDrift, ...]:
     """Returns the quantizers of both models, those first whose amax changed by the largest factor.
 
     >>> [found.quantizer for found in amax_drift({"conv1": 1.0, "fc": 4.0}, {"conv1": 1.5, "fc": 1.0})]
     ['fc', 'conv1']
     """
-    drift = [AmaxDrift(key, float(new[key]), float(served[key])) for key in served if key in new]
+    drift = [AmaxDrift(key, float(new[key]), float(published[key])) for key in published if key in new]
     return tuple(sorted(drift, key=lambda item: (-drift_factor(item), item.quantizer)))
 
 
 def drift_factor(drift: AmaxDrift) -> float:
     """Returns the factor by which an amax grew or shrank, at least 1; infinity where one of the two is 0.
 
-    >>> drift_factor(AmaxDrift("conv1", new_amax=1.0, served_amax=4.0))
+    >>> drift_factor(AmaxDrift("conv1", new_amax=1.0, published_amax=4.0))
     4.0
     """
-    if drift.new_amax == drift.served_amax:
+    if drift.new_amax == drift.published_amax:
         return 1.0
-    if min(drift.new_amax, drift.served_amax) <= 0:
+    if min(drift.new_amax, drift.published_amax) <= 0:
         return math.inf
-    return max(drift.new_amax / drift.served_amax, drift.served_amax / drift.new_amax)
+    return max(drift.new_amax / drift.published_amax, drift.published_amax / drift.new_amax)
 
 
-def _accuracy(paired: PairedComparison, limit: float) -> tuple[ServedDecision, str]:
+def _accuracy(paired: PairedComparison, limit: float) -> tuple[PublishedDecision, str]:
     low, high = paired.drop_interval_pp
     found = (
         f"Against the version in service top-1 changes by {-paired.drop_pp + 0.0:+.2f} pp on {paired.images} images "
@@ -135,18 +137,20 @@ def _accuracy(paired: PairedComparison, limit: float) -> tuple[ServedDecision, s
     return "inconclusive", f"{found} The interval includes 0: these images cannot tell the two apart."
 
 
-def _speed(latencies: Sequence[ServedLatency], limit: float) -> tuple[ServedDecision, str]:
+def _speed(latencies: Sequence[PublishedLatency], limit: float) -> tuple[PublishedDecision, str]:
     for item in latencies:
-        if not all(math.isfinite(x) and x > 0 for x in (item.new_median_ms, item.served_median_ms, *item.turns_ratio)):
+        if not all(
+            math.isfinite(x) and x > 0 for x in (item.new_median_ms, item.published_median_ms, *item.turns_ratio)
+        ):
             raise ValueError(
                 f"The median latencies at batch {item.batch_size} are {item.new_median_ms} and "
-                f"{item.served_median_ms} ms; expected numbers above 0. Measure again."
+                f"{item.published_median_ms} ms; expected numbers above 0. Measure again."
             )
     if not latencies:
         return "accept", ""
     parts = ", ".join(
         f"{item.ratio:.2f} times at batch {item.batch_size} ({item.new_median_ms:.3f} against "
-        f"{item.served_median_ms:.3f} ms)"
+        f"{item.published_median_ms:.3f} ms)"
         for item in latencies
     )
     found = (
@@ -179,13 +183,13 @@ def _drift_reasons(drift: Sequence[AmaxDrift]) -> tuple[str, ...]:
     if not notable:
         return ()
     named = ", ".join(
-        f"{item.quantizer} ({item.served_amax:.4g} to {item.new_amax:.4g})" for item in notable[:_LAYERS_NAMED]
+        f"{item.quantizer} ({item.published_amax:.4g} to {item.new_amax:.4g})" for item in notable[:_LAYERS_NAMED]
     )
     noun = "layer" if len(notable) == 1 else "layers"
     return (f"The amax of {len(notable)} {noun} moved by more than {NOTABLE_DRIFT:g} times: {named}.",)
 
 
-def served_version(
+def published_version(
     store: Store,
     model: str,
     *,
@@ -193,7 +197,7 @@ def served_version(
     dialect: Dialect,
     input_shape: tuple[int, int, int],
     num_classes: int,
-) -> ServedModel | None:
+) -> PublishedModel | None:
     """Returns the version of `model` in service, None where there is none, or where it is the new graph itself.
 
     Args:
@@ -213,20 +217,20 @@ def served_version(
     version, objects = str(entry["version"]), entry.get("objects", {})
     name = "model_int8.onnx" if entry.get("dialect") == dialect else f"model_int8_{dialect}.onnx"
     if name not in objects or "amax.json" not in objects:
-        return ServedModel(version, None, None, f"it has no graph of the dialect {dialect}")
+        return PublishedModel(version, None, None, f"it has no graph of the dialect {dialect}")
     onnx, amax = ArtifactRef(**objects[name]), ArtifactRef(**objects["amax.json"])
     try:
         store.get_path(amax)
         found = summarize_onnx(store.get_path(onnx))
     except PtqError as error:
-        return ServedModel(version, None, None, f"its graph cannot be read ({error})")
+        return PublishedModel(version, None, None, f"its graph cannot be read ({error})")
     if found.input_shape[1:] != input_shape or found.outputs != num_classes:
         obstacle = (
             f"it reads images of {_times(found.input_shape[1:])} and tells {found.outputs} classes apart, the new "
             f"model reads {_times(input_shape)} and tells {num_classes}"
         )
-        return ServedModel(version, None, None, obstacle)
-    return ServedModel(version, onnx, amax)
+        return PublishedModel(version, None, None, obstacle)
+    return PublishedModel(version, onnx, amax)
 
 
 def _times(shape: tuple[int | None, ...]) -> str:

@@ -31,7 +31,7 @@ from ptq.records.base import to_jsonable
 from ptq.records.plan import PlacementPlan
 
 
-def prepare_model(
+def prepare_torch_model(
     *,
     name: str,
     checkpoint: Path,
@@ -112,7 +112,7 @@ def equalize_model(
     """Writes the equalized weights and observed graph of a prepared model; the FP32 graph stays what it was.
 
     Args:
-        weights: the file of `prepare_model`.
+        weights: the file of `prepare_torch_model`.
         plan: its placement plan.
         ranges: max |x| per channel of the observed tensors, by name.
         name: a torchvision classifier or `package.module:factory`.

@@ -80,20 +80,20 @@ class BenchmarkRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class ServedLatency:
+class PublishedLatency:
     """Median latencies in ms of the new graph and of the version in service, measured in turns.
 
-    `turns_ratio` is new over served, turn by turn.
+    `turns_ratio` is new over published, turn by turn.
     """
 
     batch_size: int
     new_median_ms: float
-    served_median_ms: float
+    published_median_ms: float
     turns_ratio: tuple[float, ...]
 
     @property
     def ratio(self) -> float:
-        """New over served, the median of the turns: above 1 the new graph is slower.
+        """New over published, the median of the turns: above 1 the new graph is slower.
 
         A machine that is busy for a while slows both of a turn, where it may slow most samples of one alone.
         """

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ptq.records.base import ArtifactRef
-from ptq.records.benchmark import BenchmarkRecord, ServedLatency
+from ptq.records.benchmark import BenchmarkRecord, PublishedLatency
 from ptq.records.calibration import AmaxRecord, CalibrationDraws
 from ptq.records.data import DataRecord
 from ptq.records.evaluation import EvaluationRecord, PairedComparison, Selection
@@ -91,7 +91,7 @@ class Attempt:
 
 
 @dataclass(frozen=True, slots=True)
-class ServedModel:
+class PublishedModel:
     """The published version that a run would replace: its graph and amax table, or the obstacle to comparing them."""
 
     version: str
@@ -106,14 +106,14 @@ class AmaxDrift:
 
     quantizer: str
     new_amax: float
-    served_amax: float
+    published_amax: float
 
 
-ServedDecision = Literal["accept", "regress", "inconclusive"]
+PublishedDecision = Literal["accept", "regress", "inconclusive"]
 
 
 @dataclass(frozen=True, slots=True)
-class ServedComparison:
+class PublishedComparison:
     """A new model against the version in service, on the same images and in turns on the same engine.
 
     `paired` has the version in service in FP32's place and the new model in INT8's, None where they cannot be
@@ -121,12 +121,12 @@ class ServedComparison:
     """
 
     version: str
-    decision: ServedDecision
+    decision: PublishedDecision
     reasons: tuple[str, ...]
-    served_top1_percent: float | None
+    published_top1_percent: float | None
     new_top1_percent: float | None
     paired: PairedComparison | None
-    latencies: tuple[ServedLatency, ...]
+    latencies: tuple[PublishedLatency, ...]
     drift: tuple[AmaxDrift, ...]
     quantizers_of_one_alone: tuple[str, ...] = ()
 
@@ -176,8 +176,8 @@ class RunResult:
 class RunFindings:
     """Everything a finished run found, for its verdict and report. `graphs` begins with the evaluated one.
 
-    `served` is None where nothing was published before, where this is the published version, or where the gate
-    rejected the model before.
+    `versus_published` is None where nothing was published before, where this is the published version, or where the
+    gate rejected the model before.
 
     `candidates` holds one evaluation per distinct amax table, `tables` one entry per trial and method. `attempts` is
     what was tried after the first rejection; the rest is about the accepted attempt, else about the first candidate.
@@ -197,4 +197,4 @@ class RunFindings:
     decision: GateDecision
     publication: Publication
     attempts: tuple[Attempt, ...] = ()
-    served: ServedComparison | None = None
+    versus_published: PublishedComparison | None = None

@@ -112,10 +112,10 @@ class VerdictGate(_Part):
     reasons: tuple[str, ...]
 
 
-class VerdictServed(_Part):
+class VerdictPublished(_Part):
     """The new model against the version in service, on the same images and in turns on the same engine.
 
-    `change_pp` is the new top-1 minus that of the version in service. `latency_ratio` is new over served, by batch
+    `change_pp` is the new top-1 minus that of the version in service. `latency_ratio` is new over published, by batch
     size; `amax_factor` is how far each quantizer's amax moved, at least 1. Empty or None where it cannot be compared.
     """
 
@@ -155,7 +155,7 @@ class Verdict(_Part):
     int8: VerdictInt8
     graph_checks: VerdictGraphChecks
     gate: VerdictGate
-    in_service: VerdictServed | None = None
+    in_service: VerdictPublished | None = None
     files: dict[str, VerdictFile]
     versions: dict[str, str]
     stage_seconds: dict[str, float]

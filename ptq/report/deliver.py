@@ -24,7 +24,7 @@ from ptq.provenance import library_versions, package_digest
 from ptq.quantization.prepared import plan_from_file
 from ptq.records.base import ArtifactRef, digest, to_jsonable
 from ptq.records.calibration import CalibrationDraws
-from ptq.records.decision import RunFindings, ServedComparison
+from ptq.records.decision import PublishedComparison, RunFindings
 from ptq.records.evaluation import EvaluationRecord
 from ptq.records.verdict import (
     Verdict,
@@ -39,7 +39,7 @@ from ptq.records.verdict import (
     VerdictLatency,
     VerdictLayer,
     VerdictMeasurement,
-    VerdictServed,
+    VerdictPublished,
     VerdictTrial,
 )
 from ptq.report.charts import boxplot_png
@@ -133,20 +133,20 @@ def compose_verdict(
             name: VerdictFile(uri=store.object_uri(ref), sha256=ref.sha256, size_bytes=ref.size_bytes)
             for name, ref in sorted(files.items())
         },
-        in_service=_verdict_served(findings.served),
+        in_service=_verdict_published(findings.versus_published),
         versions={"python": platform.python_version(), **library_versions()},
         stage_seconds=_stage_seconds(store, run_id),
     )
 
 
-def _verdict_served(comparison: ServedComparison | None) -> VerdictServed | None:
+def _verdict_published(comparison: PublishedComparison | None) -> VerdictPublished | None:
     if comparison is None:
         return None
-    return VerdictServed(
+    return VerdictPublished(
         version=comparison.version,
         decision=comparison.decision,
         reasons=comparison.reasons,
-        top1_percent=comparison.served_top1_percent,
+        top1_percent=comparison.published_top1_percent,
         change_pp=-comparison.paired.drop_pp + 0.0 if comparison.paired else None,
         mcnemar_p=comparison.paired.mcnemar_p if comparison.paired else None,
         latency_ratio={str(item.batch_size): round(item.ratio, 4) for item in comparison.latencies},
@@ -313,7 +313,7 @@ def report_inputs(store: Store, config: PtqConfig, findings: RunFindings, verdic
             *findings.benchmark.warnings,
         ),
         attempts=findings.attempts,
-        served=findings.served,
+        versus_published=findings.versus_published,
     )
 
 

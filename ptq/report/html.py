@@ -33,7 +33,7 @@ from ptq.report.run_tables import (
     placement_table,
     provenance_tables,
     spreads_table,
-    tables_of_served,
+    tables_of_published,
     trials_table,
 )
 
@@ -57,7 +57,7 @@ def html_report(inputs: ReportInputs) -> str:
         spreads=spreads_table(inputs),
         candidates=candidates_table(inputs),
         attempts=attempts_table(inputs),
-        served=tables_of_served(inputs.served) if inputs.served else (),
+        versus_published=tables_of_published(inputs.versus_published) if inputs.versus_published else (),
         boxplot=data_uri(boxplot_png(inputs)),
         matrices=_matrices(inputs) if classes <= CLASSES_IN_A_MATRIX else (),
         confused=confused_table(inputs) if classes > CLASSES_IN_A_MATRIX else None,

@@ -8,7 +8,7 @@ from ptq.evaluation.predictions import ClassMetrics
 from ptq.records.benchmark import BenchmarkRecord, Measurement
 from ptq.records.calibration import CalibrationDraws
 from ptq.records.data import DataRecord
-from ptq.records.decision import Attempt, ServedComparison
+from ptq.records.decision import Attempt, PublishedComparison
 from ptq.records.evaluation import EvaluationRecord, Selection, SplitMetrics
 from ptq.records.graph import EngineRecord, GraphChecks
 from ptq.records.plan import ModelRecord, PlacementPlan
@@ -42,7 +42,7 @@ class ReportInputs:
     machine: Mapping[str, str]
     warnings: tuple[str, ...]
     attempts: tuple[Attempt, ...] = ()
-    served: ServedComparison | None = None
+    versus_published: PublishedComparison | None = None
 
 
 def verdict_sentence(inputs: ReportInputs) -> str:

@@ -22,7 +22,7 @@ from ptq.report.run_tables import (
     placement_table,
     provenance_tables,
     spreads_table,
-    tables_of_served,
+    tables_of_published,
     trials_table,
 )
 
@@ -55,8 +55,8 @@ def markdown_report(inputs: ReportInputs) -> str:
         f"{markdown_text(inputs.selection.spread_sentence)} {markdown_text(inputs.selection.reason)}\n",
         *([_markdown_table(attempts_table(inputs))] if inputs.attempts else []),
         "![Top-1 of the methods over the trials](boxplot.png)\n",
-        *(["## Against the version in service\n"] if inputs.served else []),
-        *map(_markdown_table, tables_of_served(inputs.served) if inputs.served else ()),
+        *(["## Against the version in service\n"] if inputs.versus_published else []),
+        *map(_markdown_table, tables_of_published(inputs.versus_published) if inputs.versus_published else ()),
         "## Speed\n",
         _markdown_table(latency_table(inputs)),
         *slow,

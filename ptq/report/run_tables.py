@@ -13,7 +13,7 @@ import polars
 from ptq.evaluation.versus_published import NOTABLE_DRIFT, drift_factor
 from ptq.records.benchmark import BenchmarkRecord
 from ptq.records.calibration import LayerLength
-from ptq.records.decision import ServedComparison
+from ptq.records.decision import PublishedComparison
 from ptq.records.graph import GraphChecks
 from ptq.records.plan import PlacementPlan
 from ptq.records.verdict import VerdictCandidate
@@ -462,7 +462,7 @@ def parquet_from_frame(frame: polars.DataFrame) -> bytes:
 LAYERS_SHOWN = 10
 
 
-def tables_of_served(comparison: ServedComparison) -> tuple[Table, ...]:
+def tables_of_published(comparison: PublishedComparison) -> tuple[Table, ...]:
     """Returns the comparison with the version in service and, where the two were compared, the drift of amax."""
     title = f"Against version {comparison.version} in service: {comparison.decision}"
     rows = [*_accuracy_rows(comparison), *_latency_rows(comparison)]
@@ -471,15 +471,15 @@ def tables_of_served(comparison: ServedComparison) -> tuple[Table, ...]:
     return Table(title, ("Comparison", "In service", "New", "Change"), tuple(rows)), _drift_table(comparison)
 
 
-def _accuracy_rows(comparison: ServedComparison) -> list[tuple[str, ...]]:
+def _accuracy_rows(comparison: PublishedComparison) -> list[tuple[str, ...]]:
     paired = comparison.paired
-    if paired is None or comparison.served_top1_percent is None or comparison.new_top1_percent is None:
+    if paired is None or comparison.published_top1_percent is None or comparison.new_top1_percent is None:
         return []
     low, high = paired.drop_interval_pp
     change = f"{fixed(-paired.drop_pp, 2, sign=True)} pp"
     return [
         (
-            f"Top-1 on {paired.images:,} images, %", fixed(comparison.served_top1_percent, 2),
+            f"Top-1 on {paired.images:,} images, %", fixed(comparison.published_top1_percent, 2),
             fixed(comparison.new_top1_percent, 2), change,
         ),
         ("95 % interval of the change, pp", "", "", interval_text((-high, -low))),
@@ -491,20 +491,20 @@ def _accuracy_rows(comparison: ServedComparison) -> list[tuple[str, ...]]:
     ]  # fmt: skip
 
 
-def _latency_rows(comparison: ServedComparison) -> list[tuple[str, ...]]:
+def _latency_rows(comparison: PublishedComparison) -> list[tuple[str, ...]]:
     return [
         (
-            f"Median latency at batch {item.batch_size}, ms", fixed(item.served_median_ms, 3),
+            f"Median latency at batch {item.batch_size}, ms", fixed(item.published_median_ms, 3),
             fixed(item.new_median_ms, 3), f"{fixed(100 * (item.ratio - 1), 1, sign=True)} %",
         )
         for item in comparison.latencies
     ]  # fmt: skip
 
 
-def _drift_table(comparison: ServedComparison) -> Table:
+def _drift_table(comparison: PublishedComparison) -> Table:
     shown = comparison.drift[:LAYERS_SHOWN]
     rows = tuple(
-        (item.quantizer, f"{item.served_amax:.4g}", f"{item.new_amax:.4g}", fixed(drift_factor(item), 2))
+        (item.quantizer, f"{item.published_amax:.4g}", f"{item.new_amax:.4g}", fixed(drift_factor(item), 2))
         for item in shown
     )
     note = f"The {len(shown)} largest of {len(comparison.drift)} quantizers that both have."

@@ -11,7 +11,7 @@ from ptq.evaluation.benchmark import FileMeasurement
 from ptq.evaluation.predictions import ClassMetrics
 from ptq.records.evaluation import SplitMetrics
 from ptq.records.graph import GraphChecks, GraphFinding
-from ptq.records.verdict import Verdict, VerdictMeasurement, VerdictServed
+from ptq.records.verdict import Verdict, VerdictMeasurement, VerdictPublished
 from ptq.report.cells import Table, fixed, interval_text, percent_change, probability
 from ptq.storage.garbage import Collection
 
@@ -25,7 +25,7 @@ def tables_of_verdict(verdict: Verdict) -> tuple[Table, ...]:
     return _accuracy(verdict), _trials(verdict), _latency(verdict), *in_service
 
 
-def _in_service(found: VerdictServed) -> Table:
+def _in_service(found: VerdictPublished) -> Table:
     rows: list[tuple[str, str]] = [("Decision", found.decision)]
     if found.change_pp is not None and found.mcnemar_p is not None:
         change = f"{fixed(found.change_pp, 2, sign=True)} pp from {fixed(found.top1_percent, 2)} %"

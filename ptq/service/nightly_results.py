@@ -114,7 +114,7 @@ def night_of_run(
     )
 
 
-def note_night(store: Store, night: Night) -> None:
+def keep_nightly_result(store: Store, night: Night) -> None:
     """Adds a night to those of its model."""
     store.append(_KIND, night.model, to_jsonable(night))
 

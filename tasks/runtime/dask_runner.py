@@ -31,7 +31,7 @@ from prefect_dask.task_runners import DaskTaskRunner, PrefectDaskFuture
 
 from ptq.errors import PtqError, UsageError
 from tasks.runtime.progress import has_lasting_server
-from tasks.runtime.worker_check import WorkerTerms, unmet_term
+from tasks.runtime.worker_check import WorkerRequirements, worker_mismatch
 
 CONNECT_S = 15.0
 # A worker that is started again, or a machine that is replaced, comes back within this.
@@ -47,7 +47,7 @@ class DaskStages(DaskTaskRunner):
         terms: what workers must have in common with this machine.
     """
 
-    def __init__(self, address: str, terms: WorkerTerms) -> None:
+    def __init__(self, address: str, terms: WorkerRequirements) -> None:
         super().__init__(address=address, client_kwargs={"timeout": CONNECT_S})
         self._terms = terms
         self._context = b""
@@ -161,7 +161,7 @@ class _StageFutures(PrefectFutureList[Any]):
             ) from error
 
 
-def run_on_worker(terms: WorkerTerms, stage: str, call: bytes, context: bytes) -> State[Any]:
+def run_on_worker(terms: WorkerRequirements, stage: str, call: bytes, context: bytes) -> State[Any]:
     """Runs a stage on this worker and returns the final state of its task run.
 
     Args:
@@ -203,7 +203,7 @@ def _drop(log: dict[str, Any]) -> None:
     """Takes a log that no server is to have; it stands in the worker's own."""
 
 
-def _obstacle(terms: WorkerTerms, server: tuple[str, bool]) -> str:
+def _obstacle(terms: WorkerRequirements, server: tuple[str, bool]) -> str:
     """What keeps this worker from running stages of the run, empty if nothing."""
     address, _ = _server_here(*server)
     try:
@@ -213,12 +213,12 @@ def _obstacle(terms: WorkerTerms, server: tuple[str, bool]) -> str:
             f"cannot reach the Prefect server at {address}: {error}. Set PREFECT_API_URL, for the worker or for the "
             "flow, to an address at which the worker finds it."
         )
-    return unmet_term(terms)
+    return worker_mismatch(terms)
 
 
 @cache
-def _meet(terms: WorkerTerms) -> None:
-    problem = unmet_term(terms)
+def _meet(terms: WorkerRequirements) -> None:
+    problem = worker_mismatch(terms)
     if problem:
         raise UsageError(f"Dask worker {distributed.get_worker().address} {problem}")
 

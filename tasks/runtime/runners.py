@@ -16,7 +16,7 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from ptq.config import PtqConfig
 from ptq.records.graph import EngineIdentity
-from tasks.runtime.worker_check import terms_of_run
+from tasks.runtime.worker_check import worker_requirements
 
 
 class StageRunner(TaskRunner[PrefectFuture[Any]]):
@@ -87,5 +87,5 @@ def spread_stages(config: PtqConfig, engine: EngineIdentity) -> None:
     runner = context.task_runner if context else None
     if not isinstance(runner, StageRunner):
         raise TypeError(f"The task runner is {type(runner).__name__}; expected a flow with a StageRunner.")
-    terms = terms_of_run(engine, threads=config.engine.threads, store_uri=config.output.store)
+    terms = worker_requirements(engine, threads=config.engine.threads, store_uri=config.output.store)
     runner.use_(DaskStages(config.runner.address, terms))

@@ -16,7 +16,7 @@ from ptq.storage.store import open_store
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerTerms:
+class WorkerRequirements:
     """What the machine of a run is and sees; `libraries` are pairs of distribution and version.
 
     `threads` is the number asked for, 0 for all cores; `probe` is an object that the run has put into its store.
@@ -30,7 +30,7 @@ class WorkerTerms:
     probe: ArtifactRef
 
 
-def terms_of_run(engine: EngineIdentity, *, threads: int, store_uri: str) -> WorkerTerms:
+def worker_requirements(engine: EngineIdentity, *, threads: int, store_uri: str) -> WorkerRequirements:
     """Returns the terms of a run on this machine, its store named by an absolute URI, with a probe in that store.
 
     Raises:
@@ -38,13 +38,13 @@ def terms_of_run(engine: EngineIdentity, *, threads: int, store_uri: str) -> Wor
     """
     store = open_store(store_uri)
     sources = package_digest()
-    return WorkerTerms(
+    return WorkerRequirements(
         sources=sources, libraries=tuple(sorted(library_versions().items())), engine=engine, threads=threads,
         store_uri=store.uri, probe=store.put_bytes(f"sources {sources}\n".encode(), "probe.txt"),
     )  # fmt: skip
 
 
-def unmet_term(terms: WorkerTerms) -> str:
+def worker_mismatch(terms: WorkerRequirements) -> str:
     """Returns what keeps this machine from computing stages of that run, in one or two sentences; empty if nothing."""
     if package_digest() != terms.sources:
         return (

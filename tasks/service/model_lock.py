@@ -23,7 +23,7 @@ _HELD: ContextVar[frozenset[str]] = ContextVar("turns", default=frozenset())
 
 
 @contextlib.contextmanager
-def turn_of(model: str, store: str) -> Iterator[float]:
+def model_lock(model: str, store: str) -> Iterator[float]:
     """Waits until no other run quantizes this model for this store, on whatever machine, and keeps others waiting.
 
     Yields the seconds waited.

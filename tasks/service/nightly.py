@@ -31,7 +31,7 @@ def failure_of(state: State) -> str:
 
 
 @task(timeout_seconds=600, cache_policy=NO_CACHE)
-def note_night(config: PtqConfig, flow_run_id: UUID, result: RunResult | None, *, error: str) -> None:
+def keep_nightly_result(config: PtqConfig, flow_run_id: UUID, result: RunResult | None, *, error: str) -> None:
     """Note the night that a run of `quantize_model` makes, and write the page of all nights."""
     store, model = open_store(config.output.store), config.model.published_name
     with get_client(sync_client=True) as client:
@@ -40,7 +40,7 @@ def note_night(config: PtqConfig, flow_run_id: UUID, result: RunResult | None, *
         store, model, run_id=run.name, started_at=run.start_time or datetime.now(UTC),
         seconds=run.total_run_time.total_seconds() - (result.waited_s if result else 0.0), result=result, error=error,
     )  # fmt: skip
-    nightly_results.note_night(store, night)
+    nightly_results.keep_nightly_result(store, night)
     shown = nightly_results.read_nights(store, model)
     page = history_html(shown).encode()
     store.remember("history", digest(model), page)

@@ -87,7 +87,7 @@ def evaluate(
 
 
 @stage(returns=EvaluationRecord, timeout_seconds=4 * 3600, machine="shared")
-def evaluate_served(
+def evaluate_published(
     onnx: ArtifactRef,
     baseline: EvaluationRecord,
     splits: Mapping[str, PreparedImages],

@@ -164,9 +164,11 @@ def fine_tune(
 
 
 @stage(returns=GateDecision, timeout_seconds=60)
-def conclude(first: GateDecision, candidate: str, attempts: Sequence[Attempt], *, run: RunContext) -> GateDecision:
+def summarize_attempts(
+    first: GateDecision, candidate: str, attempts: Sequence[Attempt], *, run: RunContext
+) -> GateDecision:
     """Say in the decision what was tried and what each attempt reached."""
-    decision = fallback.conclude(first, candidate, attempts)
+    decision = fallback.summarize_attempts(first, candidate, attempts)
     log = get_run_logger().info if decision.accepted else get_run_logger().warning
     log("%s after %d attempts", "Accepted" if decision.accepted else "Rejected", len(attempts))
     return decision

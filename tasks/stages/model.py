@@ -14,7 +14,7 @@ from ptq.graph.source import source_digest
 from ptq.networks.checkpoint import model_sources
 from ptq.networks.factory import factory_digest
 from ptq.quantization.prepare_onnx import equalize_onnx_model, prepare_onnx_model
-from ptq.quantization.prepare_torch import equalize_model, prepare_model
+from ptq.quantization.prepare_torch import equalize_model, prepare_torch_model
 from ptq.quantization.prepared import plan_from_file
 from ptq.records.calibration import CalibrationDraws
 from ptq.records.plan import ModelRecord
@@ -35,7 +35,7 @@ def _sources(model: ModelConfig, run: RunContext) -> list[str]:
 
 
 @stage(returns=ModelRecord, timeout_seconds=1800, ignore=("model",), reads=_sources)
-def replace_modules(
+def prepare_model(
     model: ModelConfig,
     placement: QuantizationConfig,
     *,
@@ -46,7 +46,7 @@ def replace_modules(
 ) -> ModelRecord:
     """Load the checkpoint or the ONNX file, fold BatchNorm and decide where quantizers go."""
     store = open_store(run.store_uri)
-    prepare = prepare_onnx_model if model.is_onnx else partial(prepare_model, name=model.name)
+    prepare = prepare_onnx_model if model.is_onnx else partial(prepare_torch_model, name=model.name)
     with checkpoint_file(model.checkpoint, store) as checkpoint, tempfile.TemporaryDirectory() as directory:
         prepared = prepare(
             checkpoint=checkpoint,

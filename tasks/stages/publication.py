@@ -96,4 +96,8 @@ def write_report(config: PtqConfig, findings: RunFindings, *, run: RunContext) -
 def _decision(findings: RunFindings) -> RunDecision:
     if findings.decision.accepted:
         return "accept"
-    return findings.served.decision if findings.served and findings.served.decision != "accept" else "reject"
+    return (
+        findings.versus_published.decision
+        if findings.versus_published and findings.versus_published.decision != "accept"
+        else "reject"
+    )

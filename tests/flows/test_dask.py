@@ -232,7 +232,11 @@ def test_two_workers_give_the_same_bits_as_threads_and_find_them_again(cluster, 
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("terms_of_run", lambda terms: replace(terms, sources="0" * 64), r"has the sources [0-9a-f]{12} of ptq, tasks"),
+        (
+            "worker_requirements",
+            lambda terms: replace(terms, sources="0" * 64),
+            r"has the sources [0-9a-f]{12} of ptq, tasks",
+        ),
         (
             "_server_of_flow",
             lambda server: ("http://127.0.0.1:9/api", False),
@@ -244,7 +248,7 @@ def test_two_workers_give_the_same_bits_as_threads_and_find_them_again(cluster, 
 def test_a_worker_whose_results_could_differ_or_be_missed_is_refused(
     cluster, configure, monkeypatch, name, change, message
 ):
-    module = runners if name == "terms_of_run" else dask_runner
+    module = runners if name == "worker_requirements" else dask_runner
     original = getattr(module, name)
     monkeypatch.setattr(module, name, lambda *args, **kwargs: change(original(*args, **kwargs)))
     with pytest.raises(UsageError, match=rf"Dask worker tcp://127\.0\.0\.1:[0-9]+ {message}"):

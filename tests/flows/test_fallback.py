@@ -16,11 +16,11 @@ from tasks.stages.amax import compute_amax
 from tasks.stages.calibration import collect_statistics
 from tasks.stages.data import draw_calibration_images, index_images
 from tasks.stages.fallback import carry_amax
-from tasks.stages.model import replace_modules
+from tasks.stages.model import prepare_model
 
 pytestmark = pytest.mark.usefixtures("prefect_backend")
 
-FALLBACK_STAGES = {"choose_methods", "rank_layers", "carry_amax", "fine_tune", "conclude"}
+FALLBACK_STAGES = {"choose_methods", "rank_layers", "carry_amax", "fine_tune", "summarize_attempts"}
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_an_attempt_exists_for_the_chosen_trial_alone(checkpoints, image_folder,
 def test_a_run_with_a_fallback_is_cached_like_any_other(checkpoints, image_folder, store, tmp_path):
     run(checkpoints, image_folder, store, tmp_path, fallback={"float_layers": 3})
     _, _, notes = run(checkpoints, image_folder, store, tmp_path, fallback={"float_layers": 3})
-    assert set(stages(notes)) >= {"rank_layers", "carry_amax", "conclude"}
+    assert set(stages(notes)) >= {"rank_layers", "carry_amax", "summarize_attempts"}
     assert {note["cached"] for note in notes} == {True}
 
 
@@ -216,7 +216,7 @@ def carry(config, *, pools_before):
         seed=calibration.seed, is_ordered=False, split="train", evaluated_splits=("test",), run=run,
     )  # fmt: skip
     before, after = (
-        replace_modules(
+        prepare_model(
             config.model,
             config.quantization.placement.model_copy(update={"pools": pools}),
             class_names=data.class_names,

@@ -115,7 +115,7 @@ def test_only_what_changed_in_the_bucket_is_read_and_computed_again(bucket, work
     computed = run(config, work)
     assert work["read"] == [replaced]
     assert "index_images" in computed
-    assert not computed & {"collect_statistics", "replace_modules", "compute_amax"}
+    assert not computed & {"collect_statistics", "prepare_model", "compute_amax"}
 
     shutil.rmtree(tmp_path / "cache")
     assert run(config, work) == set()
@@ -129,7 +129,7 @@ def test_a_checkpoint_of_the_same_size_with_other_weights_is_noticed(bucket, wor
     assert put_checkpoint(bucket, tmp_path, seed=1) == size
     computed = run(config, work)
     assert work["read"] == ["checkpoints/small.pth"]
-    assert "replace_modules" in computed
+    assert "prepare_model" in computed
     assert not computed & {"index_images", "prepare_split"}
 
 

@@ -79,9 +79,9 @@ def test_channels_are_equalized_as_on_the_pytorch_way(finished):
     records = {
         note["stage"]: store.read_stage(note["stage"], note["key"]).record
         for note in store.run_stages(result.run_id)
-        if note["stage"] in ("replace_modules", "equalize_channels")
+        if note["stage"] in ("prepare_model", "equalize_channels")
     }
-    before, after = records["replace_modules"], records["equalize_channels"]
+    before, after = records["prepare_model"], records["equalize_channels"]
     assert before["weights"] != after["weights"]
     assert before["fp32_onnx"] == after["fp32_onnx"]
 
@@ -121,7 +121,7 @@ def test_a_changed_file_is_loaded_again(finished, model, image_folder):
         model.write_bytes(before)
     computed = {note["stage"] for note in open_store(config.output.store).run_stages(result.run_id)
                 if not note["cached"]}  # fmt: skip
-    assert "replace_modules" in computed
+    assert "prepare_model" in computed
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def test_a_changed_percentile_repeats_only_what_depends_on_it(finished, checkpoi
         note["stage"] for note in open_store(config.output.store).run_stages(result.run_id) if not note["cached"]
     }
     assert "compute_amax" in computed
-    assert not computed & {"index_images", "prepare_split", "replace_modules", "collect_statistics", "export_qdq"}
+    assert not computed & {"index_images", "prepare_split", "prepare_model", "collect_statistics", "export_qdq"}
 
 
 def test_several_percentiles_are_candidates_of_their_own_everywhere(finished, checkpoint, image_folder):

@@ -27,8 +27,8 @@ STAGES = {
     and any(isinstance(item, ast.Call) and getattr(item.func, "id", "") == "stage" for item in node.decorator_list)
 }
 # Stages that build a graph for the engine and run it, and those that do so to observe activations.
-EVALUATIONS = {"evaluate", "evaluate_baseline", "evaluate_served"}
-ON_ENGINE = {*EVALUATIONS, "build_engine", "benchmark", "benchmark_served", "replace_modules"}
+EVALUATIONS = {"evaluate", "evaluate_baseline", "evaluate_published"}
+ON_ENGINE = {*EVALUATIONS, "build_engine", "benchmark", "benchmark_published", "prepare_model"}
 ON_READERS = {"collect_statistics", "collect_shard", "carry_amax", "equalize_channels"}
 # The methods, and the rule that ends an adaptive draw by them.
 ON_METHODS = {"compute_amax", "collect_statistics", "collect_shard", "carry_amax"}
@@ -80,8 +80,8 @@ def test_there_are_stages_to_look_at():
         }),
         ("ptq/checks/run.py", "check_graph", {"validate_graph"}),
         ("ptq/evaluation/gate.py", "decide", {"decide"}),
-        ("ptq/numerics/metrics.py", "mcnemar_p", {"select_candidate", "compare_with_served"}),
-        ("ptq/evaluation/versus_published.py", "compare", {"compare_with_served"}),
+        ("ptq/numerics/metrics.py", "mcnemar_p", {"select_candidate", "compare_with_published"}),
+        ("ptq/evaluation/versus_published.py", "compare", {"compare_with_published"}),
         ("tasks/runtime/machine_lock.py", "shared_machine", set()),
         ("ptq/numerics/metrics.py", "split_metrics", EVALUATIONS),
         ("ptq/engines/openvino.py", "OpenVinoEngine.build", ON_ENGINE),
@@ -216,7 +216,7 @@ def changed(config, field, value):
         ("gate.max_drop_pp", 99.0, {"decide"}),
         ("benchmark.duration_s", 0.03, {"benchmark", "decide"}),
         ("benchmark.batch_sizes", [2], {"build_engine", "benchmark", "decide"}),
-        ("quantization.skip_layers", ["block1.conv1"], {"replace_modules", *DOWN_FROM_DRAWS}),
+        ("quantization.skip_layers", ["block1.conv1"], {"prepare_model", *DOWN_FROM_DRAWS}),
         ("quantization.weight_method", "mse", {
             "export_qdq", "correct_biases", *DOWN_FROM_AMAX,
         }),
@@ -287,7 +287,7 @@ def test_another_checkpoint_repeats_all_but_the_images(base, tmp_path):
     state = networks.small_resnet().state_dict()
     torch.save({name: value * 1.5 for name, value in state.items()}, tmp_path / "other.pth")
     config = changed(base, "model.checkpoint", str(tmp_path / "other.pth"))
-    assert computed(config) == {"replace_modules", "evaluate_baseline", *DOWN_FROM_DRAWS}
+    assert computed(config) == {"prepare_model", "evaluate_baseline", *DOWN_FROM_DRAWS}
 
 
 @pytest.mark.slow
@@ -297,7 +297,7 @@ def test_a_version_in_service_is_compared_with_once(base):
     again = changed(published, "calibration.seed", 11)
     quantize_model(again)
     quantize_model(published)
-    against = {"evaluate_served", "benchmark_served", "compare_with_served", "decide_on_served"}
+    against = {"evaluate_published", "benchmark_published", "compare_with_published", "decide_on_published"}
     found = [notes(config, quantize_model(config).run_id) for config in (again, published, again)]
     assert [against <= {note["stage"] for note in run} for run in found] == [True] * 3
     assert [{note["stage"] for note in run if not note["cached"]} for run in found] == [set()] * 3
@@ -313,7 +313,7 @@ def test_the_same_checkpoint_elsewhere_repeats_nothing(base, tmp_path):
     [
         ("pillow", {"draw_calibration_images", "prepare_split"}),
         ("scipy", {"equalize_channels"}),
-        ("onnx-graphsurgeon", {"replace_modules", "equalize_channels", "export_qdq", "validate_graph"}),
+        ("onnx-graphsurgeon", {"prepare_model", "equalize_channels", "export_qdq", "validate_graph"}),
         ("boto3", set()),
     ],
 )

@@ -13,7 +13,7 @@ from ptq.calibration.calibrate import ObservedOnDevice, ranges_from_files, trial
 from ptq.config import QuantizationConfig
 from ptq.engines import open_activation_readers
 from ptq.files import npy_from_array
-from ptq.quantization.prepare_torch import equalize_model, observed_model, prepare_model
+from ptq.quantization.prepare_torch import equalize_model, observed_model, prepare_torch_model
 from ptq.quantization.prepared import PreparedModel
 from ptq.records.base import ArtifactRef
 from ptq.records.calibration import CalibrationDraws
@@ -43,7 +43,7 @@ def case(tmp_path):
     torch.manual_seed(0)
     checkpoint = tmp_path / "small.pth"
     torch.save(with_uneven_channels(SmallResNet()).state_dict(), checkpoint)
-    prepared = prepare_model(
+    prepared = prepare_torch_model(
         name=NAME, checkpoint=checkpoint, class_count=4, has_named_classes=True, input_shape=SHAPE,
         quantization=QuantizationConfig(**PLACEMENT), directory=tmp_path,
     )  # fmt: skip

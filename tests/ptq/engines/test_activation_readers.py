@@ -15,7 +15,7 @@ from ptq.config import QuantizationConfig
 from ptq.engines import open_activation_readers
 from ptq.engines.base import StreamingReader
 from ptq.errors import EngineBuildError
-from ptq.quantization.prepare_torch import prepare_model
+from ptq.quantization.prepare_torch import prepare_torch_model
 
 SHAPE = (3, 16, 16)
 
@@ -26,7 +26,7 @@ def image(seed):
 
 def observed_graph(directory, network, name):
     torch.save(network.state_dict(), directory / "small.pth")
-    model = prepare_model(
+    model = prepare_torch_model(
         name=name, checkpoint=directory / "small.pth", class_count=4, has_named_classes=True, input_shape=SHAPE,
         quantization=QuantizationConfig(), directory=directory,
     )  # fmt: skip

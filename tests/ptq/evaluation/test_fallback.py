@@ -7,11 +7,11 @@ from pydantic import ValidationError
 from ptq.config import GateConfig, PtqConfig
 from ptq.evaluation.fallback import (
     carried_table,
-    conclude,
     describe_fine_tuning,
     groups_of_ranking,
     only_accuracy_failed,
     sensitivity_images,
+    summarize_attempts,
 )
 from ptq.evaluation.qat import FineTuned
 from ptq.records.benchmark import BenchmarkRecord, Measurement
@@ -65,7 +65,7 @@ def attempt(candidate, what, drop_pp, decision):
 
 
 def test_after_rejected_attempts_the_first_decision_stands_and_names_them():
-    found = conclude(
+    found = summarize_attempts(
         REJECTED, "max-0", [attempt("max_float1-0", "one layer left in float: fc (9.0 dB)", 4.0, REJECTED)]
     )
     assert not found.accepted
@@ -78,7 +78,7 @@ def test_after_rejected_attempts_the_first_decision_stands_and_names_them():
 
 def test_an_accepted_attempt_is_the_decision_and_names_what_came_before():
     tried = [attempt("max_float1-0", "A", 4.0, REJECTED), attempt("max_float2-0", "B", 0.5, ACCEPTED)]
-    found = conclude(REJECTED, "max-0", tried)
+    found = summarize_attempts(REJECTED, "max-0", tried)
     assert found.accepted
     assert found.reasons == (
         "The top-1 drop is 0.50 pp.",
@@ -89,7 +89,7 @@ def test_an_accepted_attempt_is_the_decision_and_names_what_came_before():
 
 
 def test_with_nothing_to_try_the_first_decision_stands():
-    assert conclude(REJECTED, "max-0", []) == REJECTED
+    assert summarize_attempts(REJECTED, "max-0", []) == REJECTED
 
 
 def test_images_are_taken_evenly_from_a_draw(tmp_path):

@@ -5,8 +5,8 @@ import pytest
 
 from ptq.evaluation.versus_published import amax_drift, compare, drift_factor, held_against, incomparable
 from ptq.numerics.paired_test import paired_comparison
-from ptq.records.benchmark import ServedLatency
-from ptq.records.decision import GateDecision, ServedModel
+from ptq.records.benchmark import PublishedLatency
+from ptq.records.decision import GateDecision, PublishedModel
 
 ACCEPTED = GateDecision(True, ("The gate held.",))
 
@@ -14,22 +14,22 @@ ACCEPTED = GateDecision(True, ("The gate held.",))
 def paired(*, images, lost, gained):
     """The version in service against the new model: `lost` and `gained` images of which one alone is right."""
     labels = np.zeros(images, dtype=int)
-    served, new = labels.copy(), labels.copy()
+    published, new = labels.copy(), labels.copy()
     new[:lost] = 1
-    served[lost : lost + gained] = 1
-    return paired_comparison(served, new, labels)
+    published[lost : lost + gained] = 1
+    return paired_comparison(published, new, labels)
 
 
-def compared(comparison, latencies=(), *, limit=0.5, slowdown=1.1, served=None, new=None):
+def compared(comparison, latencies=(), *, limit=0.5, slowdown=1.1, published=None, new=None):
     return compare(
-        version="abc", served_top1_percent=90.0, new_top1_percent=90.0 - comparison.drop_pp, paired=comparison,
-        latencies=latencies, served_amax=served or {"conv1": 1.0}, new_amax=new or {"conv1": 1.0},
+        version="abc", published_top1_percent=90.0, new_top1_percent=90.0 - comparison.drop_pp, paired=comparison,
+        latencies=latencies, published_amax=published or {"conv1": 1.0}, new_amax=new or {"conv1": 1.0},
         max_regression_pp=limit, max_slowdown=slowdown,
     )  # fmt: skip
 
 
 def latency(ratio, *turns):
-    return ServedLatency(1, 2.0 * ratio, 2.0, turns or (ratio,) * 16)
+    return PublishedLatency(1, 2.0 * ratio, 2.0, turns or (ratio,) * 16)
 
 
 def test_a_loss_beyond_limit_and_chance_is_a_regression():
@@ -70,7 +70,7 @@ def test_a_model_slower_in_somewhat_more_than_half_of_the_turns_is_inconclusive(
 
 
 def test_a_machine_that_was_busy_in_a_few_turns_does_not_count_against_the_model():
-    busy = ServedLatency(1, 6.0, 2.0, (*(5 * [3.0]), *(11 * [1.0])))
+    busy = PublishedLatency(1, 6.0, 2.0, (*(5 * [3.0]), *(11 * [1.0])))
     assert compared(paired(images=100, lost=0, gained=0), [busy]).decision == "accept"
 
 
@@ -88,14 +88,14 @@ def test_the_severer_of_accuracy_and_speed_decides_and_is_named_first():
 
 def test_a_layer_whose_amax_moved_far_is_named():
     found = compared(
-        paired(images=100, lost=0, gained=0), served={"conv1": 1.0, "fc": 2.0}, new={"conv1": 5.0, "fc": 2.0}
+        paired(images=100, lost=0, gained=0), published={"conv1": 1.0, "fc": 2.0}, new={"conv1": 5.0, "fc": 2.0}
     )
     assert found.reasons[-1] == "The amax of 1 layer moved by more than 2 times: conv1 (1 to 5)."
     assert found.decision == "accept"
 
 
 def test_quantizers_that_only_one_model_has_are_listed_and_not_compared():
-    found = compared(paired(images=100, lost=0, gained=0), served={"a": 1.0, "b": 1.0}, new={"b": 1.0, "c": 1.0})
+    found = compared(paired(images=100, lost=0, gained=0), published={"a": 1.0, "b": 1.0}, new={"b": 1.0, "c": 1.0})
     assert found.quantizers_of_one_alone == ("a", "c")
     assert [item.quantizer for item in found.drift] == ["b"]
 
@@ -130,7 +130,7 @@ def test_what_the_gate_rejected_stays_rejected():
 
 
 def test_a_version_that_cannot_be_compared_is_inconclusive_and_says_what_to_do():
-    found = incomparable(ServedModel("abc", None, None, "it has no graph of the dialect cpu"))
+    found = incomparable(PublishedModel("abc", None, None, "it has no graph of the dialect cpu"))
     assert found.decision == "inconclusive"
     assert found.reasons == (
         "Version abc in service cannot be compared: it has no graph of the dialect cpu. Publish under another name "

@@ -17,7 +17,7 @@ import torch
 from ptq.graph.half_precision import half_from_float32
 from ptq.config import QuantizationConfig
 from ptq.graph.candidate import write_candidate
-from ptq.quantization.prepare_torch import prepare_model, write_float_model, write_template
+from ptq.quantization.prepare_torch import prepare_torch_model, write_float_model, write_template
 import onnx
 from tests.support.networks import small_resnet
 folder, shape = Path(sys.argv[1]), (3, 16, 16)
@@ -25,7 +25,7 @@ torch.manual_seed(0)
 name, checkpoint = "tests.support.networks:small_resnet", folder / "checkpoint.pth"
 torch.save(small_resnet().state_dict(), checkpoint)
 classes = list(small_resnet().state_dict().values())[-1].numel()
-prepared = prepare_model(name=name, checkpoint=checkpoint, class_count=classes, has_named_classes=True,
+prepared = prepare_torch_model(name=name, checkpoint=checkpoint, class_count=classes, has_named_classes=True,
     input_shape=shape, quantization=QuantizationConfig(), directory=folder)
 template = folder / "template.onnx"
 write_template(template, weights=prepared.files["weights"], plan=prepared.plan, name=name, num_classes=classes,

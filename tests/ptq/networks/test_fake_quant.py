@@ -8,14 +8,14 @@ from ptq.graph.candidate import read_layers
 from ptq.networks.fake_quant import weight_amax
 from ptq.networks.folding import fold_model
 from ptq.numerics.amax import amax_from_weight
-from ptq.quantization.prepare_torch import prepare_model, write_template
+from ptq.quantization.prepare_torch import prepare_torch_model, write_template
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     directory = tmp_path_factory.mktemp("model")
     torch.save(small_resnet().state_dict(), directory / "small.pth")
-    model = prepare_model(
+    model = prepare_torch_model(
         name="networks:SmallResNet", checkpoint=directory / "small.pth", class_count=4, has_named_classes=True,
         input_shape=(3, 16, 16), quantization=QuantizationConfig(weight_method="mse"), directory=directory,
     )  # fmt: skip

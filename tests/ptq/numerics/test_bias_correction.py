@@ -13,7 +13,7 @@ from ptq.engines import open_activation_readers
 from ptq.graph.candidate import read_layers
 from ptq.numerics.bias_correction import RESOLUTION, bias_shift, channel_sums_of, empty_channel_sums, merge_channel_sums
 from ptq.numerics.histogram import empty_histograms
-from ptq.quantization.prepare_torch import prepare_model, write_template
+from ptq.quantization.prepare_torch import prepare_torch_model, write_template
 
 GENERATOR = np.random.default_rng(0)
 
@@ -94,7 +94,7 @@ def test_the_shift_restores_the_mean_output_of_a_layer_exactly_on_constant_chann
 def prepared(tmp_path_factory):
     directory = tmp_path_factory.mktemp("model")
     torch.save(small_resnet().state_dict(), directory / "small.pth")
-    model = prepare_model(
+    model = prepare_torch_model(
         name="networks:SmallResNet", checkpoint=directory / "small.pth", class_count=4, has_named_classes=True,
         input_shape=(3, 16, 16), quantization=QuantizationConfig(), directory=directory,
     )  # fmt: skip

@@ -24,7 +24,14 @@ from ptq.records.verdict import (
     VerdictLatency,
     VerdictMeasurement,
 )
-from ptq.service.nightly_results import Night, NightFindings, NightLatency, night_of_run, note_night, read_nights
+from ptq.service.nightly_results import (
+    Night,
+    NightFindings,
+    NightLatency,
+    keep_nightly_result,
+    night_of_run,
+    read_nights,
+)
 from ptq.storage.store import StageEntry
 
 FOUND = NightFindings(
@@ -103,20 +110,20 @@ def night(store, result, **changes):
 
 
 def test_a_noted_night_is_read_as_it_was(store):
-    note_night(store, NIGHT)
+    keep_nightly_result(store, NIGHT)
     assert read_nights(store, "digits") == [NIGHT]
 
 
 def test_nights_are_read_oldest_first_and_no_more_than_asked(store):
     for count in range(5):
-        note_night(store, replace(NIGHT, images_decoded=count))
+        keep_nightly_result(store, replace(NIGHT, images_decoded=count))
     assert [found.images_decoded for found in read_nights(store, "digits", last=3)] == [2, 3, 4]
     assert [found.images_decoded for found in read_nights(store, "digits")] == [0, 1, 2, 3, 4]
 
 
 def test_no_more_documents_are_read_than_asked(folder, monkeypatch):
     for _ in range(5):
-        note_night(folder, NIGHT)
+        keep_nightly_result(folder, NIGHT)
     read, names = folder.backend.read, []
     monkeypatch.setattr(folder.backend, "read", lambda name: names.append(name) or read(name))
     read_nights(folder, "digits", last=2)
@@ -124,21 +131,21 @@ def test_no_more_documents_are_read_than_asked(folder, monkeypatch):
 
 
 def test_the_same_night_noted_twice_is_two_documents(store):
-    note_night(store, NIGHT)
-    note_night(store, NIGHT)
+    keep_nightly_result(store, NIGHT)
+    keep_nightly_result(store, NIGHT)
     assert len(list(store.backend.entries("nights/digits/"))) == 2
 
 
 def test_a_model_has_its_own_nights(store):
-    note_night(store, NIGHT)
-    note_night(store, replace(NIGHT, model="digits-2"))
+    keep_nightly_result(store, NIGHT)
+    keep_nightly_result(store, replace(NIGHT, model="digits-2"))
     assert [found.model for found in read_nights(store, "digits")] == ["digits"]
     assert read_nights(store, "digit") == []
 
 
 def test_a_damaged_night_is_left_out_and_in_its_place(store):
-    note_night(store, NIGHT)
-    note_night(store, replace(NIGHT, images_decoded=7))
+    keep_nightly_result(store, NIGHT)
+    keep_nightly_result(store, replace(NIGHT, images_decoded=7))
     first = next(store.backend.entries("nights/digits/")).name
     store.backend.write(first, store.backend.read(first)[0].replace(b"112", b"113"))
     assert [found.images_decoded for found in read_nights(store, "digits")] == [7]
@@ -147,7 +154,7 @@ def test_a_damaged_night_is_left_out_and_in_its_place(store):
 
 def test_a_night_of_another_shape_is_left_out_with_a_warning(folder, caplog):
     folder.append("nights", "digits", {"model": "digits"})
-    note_night(folder, NIGHT)
+    keep_nightly_result(folder, NIGHT)
     with caplog.at_level(logging.WARNING):
         assert read_nights(folder, "digits") == [NIGHT]
     assert "A night of digits in " in caplog.text

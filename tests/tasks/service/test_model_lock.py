@@ -7,7 +7,7 @@ from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from tasks.service import model_lock as service
-from tasks.service.model_lock import turn_of
+from tasks.service.model_lock import model_lock
 
 STORE = "file:///store"
 
@@ -25,14 +25,14 @@ def test_a_second_run_of_a_model_waits_for_the_first_and_another_model_does_not(
     waits = []
 
     def second():
-        with turn_of("one", STORE) as waited_s:
+        with model_lock("one", STORE) as waited_s:
             waits.append(waited_s)
             entered.set()
 
     waiting = threading.Thread(target=second)
-    with turn_of("one", STORE):
+    with model_lock("one", STORE):
         waiting.start()
-        with turn_of("other", STORE) as waited_s:
+        with model_lock("other", STORE) as waited_s:
             waits.append(waited_s)
             assert (holders("one"), holders("other")) == (1, 1)
         assert not entered.wait(1)
@@ -45,8 +45,8 @@ def test_a_second_run_of_a_model_waits_for_the_first_and_another_model_does_not(
 @pytest.mark.usefixtures("prefect_backend")
 def test_a_run_that_has_the_turn_does_not_wait_for_itself_and_another_store_is_another_matter(monkeypatch):
     monkeypatch.setattr(service, "_LONGEST_WAIT_S", 5.0)
-    with turn_of("mine", STORE):
-        with turn_of("mine", STORE), turn_of("mine", "file:///elsewhere"):
+    with model_lock("mine", STORE):
+        with model_lock("mine", STORE), model_lock("mine", "file:///elsewhere"):
             assert holders("mine") == 2
         assert holders("mine") == 1
     assert holders("mine") == 0
@@ -55,6 +55,6 @@ def test_a_run_that_has_the_turn_does_not_wait_for_itself_and_another_store_is_a
 def test_without_a_server_that_stays_nobody_is_asked_and_nobody_waits(monkeypatch):
     monkeypatch.setattr(service, "get_client", None)
     reached = []
-    with temporary_settings(restore_defaults={PREFECT_API_URL}), turn_of("alone", STORE), turn_of("alone", STORE):
+    with temporary_settings(restore_defaults={PREFECT_API_URL}), model_lock("alone", STORE), model_lock("alone", STORE):
         reached.append("both inside")
     assert reached == ["both inside"]

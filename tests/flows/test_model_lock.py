@@ -7,7 +7,7 @@ import pytest
 from flows.quantize_model import quantize_model
 from ptq.config import PtqConfig
 from tasks.service import model_lock as service
-from tasks.service.model_lock import turn_of
+from tasks.service.model_lock import model_lock
 
 
 def in_another_context(function, *args):
@@ -26,6 +26,6 @@ def test_the_main_flow_takes_the_turn_of_its_model_whatever_started_it(tmp_path,
         }
     )
     monkeypatch.setattr(service, "_LONGEST_WAIT_S", 0.5)
-    with turn_of("taken", config.output.store), pytest.raises(TimeoutError, match="concurrency slots timed out"):
+    with model_lock("taken", config.output.store), pytest.raises(TimeoutError, match="concurrency slots timed out"):
         in_another_context(quantize_model, config)
     assert not any((tmp_path / "out").iterdir())
