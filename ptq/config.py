@@ -93,6 +93,14 @@ class PreprocessingConfig(_Section):
         return Normalization(mean=self.mean, std=self.std)
 
 
+class SplitNames(_Section):
+    """The part of the data's settings that says what each split is for. See `DataConfig`."""
+
+    calibration_split: str
+    selection_split: str
+    test_split: str
+
+
 class DataConfig(_Section):
     """Which images are used, and for what."""
 
@@ -108,6 +116,13 @@ class DataConfig(_Section):
     preprocessing: PreprocessingConfig = Field(
         default_factory=PreprocessingConfig, description="How a file becomes the network's input."
     )
+
+    @property
+    def splits(self) -> SplitNames:
+        """What an index of the images depends on, beside where they lie."""
+        return SplitNames(
+            calibration_split=self.calibration_split, selection_split=self.selection_split, test_split=self.test_split
+        )
 
 
 def is_onnx_file(path: object) -> bool:
@@ -280,9 +295,14 @@ class CalibrationConfig(_Section):
             )
         return self
 
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether a draw may end before its last image."""
+        return self.tolerance_percent > 0
+
     def stopping_rule(self, dialect: Dialect) -> StoppingRule | None:
         """Returns when a draw has enough images, None where it is to use all of them."""
-        if not self.tolerance_percent:
+        if not self.is_adaptive:
             return None
         return StoppingRule(methods=self.labelled_methods, dialect=dialect, tolerance_percent=self.tolerance_percent)
 
