@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 
-from ptq.config import DataConfig, ModelConfig, PtqConfig, TrainingConfig, describe_validation_error, load_yaml
+from ptq.config import DataConfig, ModelConfig, PtqConfig, TrainingConfig
+from ptq.config_file import config_from_mapping, load_yaml
 from ptq.errors import PtqError, UsageError
 from ptq.records.verdict import Verdict
 
@@ -160,13 +161,6 @@ def _print_json(document: Any) -> None:
     sys.stdout.write(json.dumps(document, indent=1, sort_keys=True) + "\n")
 
 
-def _validated(kind: type[BaseModel], content: dict[str, Any], source: str) -> Any:
-    try:
-        return kind.model_validate(content)
-    except ValidationError as error:
-        raise UsageError(describe_validation_error(error, source=source)) from error
-
-
 def _merged(base: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     """Returns `base` with the options that were given laid over it, section by section."""
     result = dict(base)
@@ -275,7 +269,7 @@ def quantize(
     }  # fmt: skip
     content = _merged(load_yaml(config) if config else {}, options)
     source = f"Config file {config} with the options given" if config else "The options given"
-    _quantize(_validated(PtqConfig, _with_implied_crop(content), source), as_json)
+    _quantize(config_from_mapping(PtqConfig, _with_implied_crop(content), source=source), as_json)
 
 
 def _quantize(config: PtqConfig, as_json: bool) -> None:
@@ -344,7 +338,7 @@ def train(
         "data": {"path": data, "preprocessing": _preprocessing(channels, resize, crop, mean, std)},
     }  # fmt: skip
     content = _with_implied_crop(_merged(load_yaml(config) if config else {}, options))
-    settings = _validated(TrainingConfig, content, "The options given")
+    settings = config_from_mapping(TrainingConfig, content, source="The options given")
     _train(settings, store=store, threads=threads, as_json=as_json, quiet=as_json)
 
 
@@ -373,7 +367,9 @@ def demo(
     images, store = directory / "digits", (directory / "store").absolute().as_uri()
     write_digits_folder(images, image_size=DEMO.image_size, seed=0)
     preprocessing = {"channels": 1, "resize": DEMO.image_size, "crop": DEMO.image_size, "mean": [0.5], "std": [0.5]}
-    data = _validated(DataConfig, {"path": str(images), "preprocessing": preprocessing}, "The demo's data")
+    data = config_from_mapping(
+        DataConfig, {"path": str(images), "preprocessing": preprocessing}, source="The demo's data"
+    )
     checkpoint = str(directory / f"{DEMO.model}_digits.pth")
     training = TrainingConfig(
         model=DEMO.model, data=data, epochs=DEMO.epochs, batch_size=DEMO.batch_size,
@@ -387,7 +383,7 @@ def demo(
         "engine": {"threads": threads},
         "output": {"store": store, "directory": str(directory / "report")},
     }
-    _quantize(_validated(PtqConfig, content, "The demo's config"), as_json)
+    _quantize(config_from_mapping(PtqConfig, content, source="The demo's config"), as_json)
 
 
 @app.command()
@@ -411,7 +407,7 @@ def evaluate(
 
     preprocessing = _preprocessing(channels, resize, crop, mean, std)
     content = _with_implied_crop({"data": _merged({}, {"path": data, "preprocessing": preprocessing})})["data"]
-    settings = _validated(DataConfig, content, "The options given")
+    settings = config_from_mapping(DataConfig, content, source="The options given")
     _check_choice("engine", engine, ("auto", "openvino", "tensorrt", "onnxruntime"))
     found = evaluate_file(model, name=name, data=settings, split=split, engine=engine, threads=threads)
     if as_json:

@@ -9,10 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from ptq.errors import UsageError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Method = Literal["max", "percentile", "mse", "entropy"]
 Dialect = Literal["cpu", "tensorrt"]
@@ -481,41 +478,3 @@ class TrainingConfig(_Section):
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of weights, order and augmentation.")
     checkpoint: str = Field("", description="Weights to start from; empty: random.")
     output: str = Field("checkpoint.pth", description="File that receives the weights.")
-
-
-def describe_validation_error(error: ValidationError, *, source: str) -> str:
-    """Returns one sentence per wrong field of a pydantic error: where, what was found, what is allowed."""
-    parts = []
-    for item in error.errors()[:3]:
-        field = ".".join(str(step) for step in item["loc"]) or "config"
-        if item["type"] == "extra_forbidden":
-            parts.append(f"{field} is not a known key")
-        elif item["type"] == "missing":
-            parts.append(f"{field} is missing")
-        else:
-            parts.append(f"{field} is {item['input']!r}: {item['msg']}".replace("Value error, ", ""))
-    more = len(error.errors()) - len(parts)
-    tail = f" ({more} more)" if more > 0 else ""
-    return f"{source} cannot be used: {'; '.join(parts)}{tail}. ptq/config.py lists every field with its bounds."
-
-
-def load_yaml(path: Path) -> dict:
-    """Returns the mapping in a YAML file.
-
-    Raises:
-        UsageError: the file is absent, is not YAML, or holds something else than a mapping.
-    """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise UsageError(f"Config file {path} is not UTF-8 text: {error.reason}. Give a YAML file.") from error
-    except OSError as error:
-        raise UsageError(f"Config file {path} cannot be read: {error.strerror}. Give an existing YAML file.") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"Config file {path} is not valid YAML: {error}.") from error
-    if not isinstance(content, dict):
-        raise UsageError(
-            f"Config file {path} holds a {type(content).__name__}; expected a mapping with the sections "
-            "model, data, ..."
-        )
-    return content
