@@ -7,7 +7,7 @@ descriptions are the form that the Prefect UI shows. Nothing is computed here.
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -17,11 +17,14 @@ EngineName = Literal["auto", "openvino", "tensorrt", "onnxruntime"]
 WeightMethod = Literal["max", "mse"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
-METHODS: tuple[Method, ...] = ("max", "percentile", "mse", "entropy")
+METHODS: tuple[Method, ...] = get_args(Method)
 Percentile = Annotated[float, Field(gt=0, le=100)]
 # The first look at a draw of adaptive length is after so many images.
 LEAST_ADAPTIVE_IMAGES = 32
-DIALECTS: tuple[Dialect, ...] = ("cpu", "tensorrt")
+DIALECTS: tuple[Dialect, ...] = get_args(Dialect)
+ENGINES: tuple[EngineName, ...] = get_args(EngineName)
+# In which `ptq export` writes a graph.
+EXPORT_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
 _SCHEDULER = re.compile(r"(tcp|tls)://[^/:@\s]+:[0-9]{1,5}")
 
 
@@ -52,7 +55,12 @@ class PreprocessingConfig(_Section):
 
     channels: Literal[1, 3] = Field(3, description="Channels of the network's input: 3 for RGB, 1 for grey.")
     resize: int = Field(256, ge=4, le=4096, description="Length of the shorter side after resizing, in pixels.")
-    crop: int = Field(224, ge=4, le=4096, description="Side of the centred square that is kept, in pixels.")
+    crop: int = Field(
+        224,
+        ge=4,
+        le=4096,
+        description="Side of the centred square that is kept, in pixels; where a command names none, at most resize.",
+    )
     interpolation: Literal["nearest", "bilinear", "bicubic"] = Field(
         "bilinear", description="Filter used when an image is resized."
     )
