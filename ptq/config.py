@@ -7,12 +7,9 @@ descriptions are the form that the Prefect UI shows. Nothing is computed here.
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from ptq.errors import UsageError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Method = Literal["max", "percentile", "mse", "entropy"]
 Dialect = Literal["cpu", "tensorrt"]
@@ -20,11 +17,14 @@ EngineName = Literal["auto", "openvino", "tensorrt", "onnxruntime"]
 WeightMethod = Literal["max", "mse"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
-METHODS: tuple[Method, ...] = ("max", "percentile", "mse", "entropy")
+METHODS: tuple[Method, ...] = get_args(Method)
 Percentile = Annotated[float, Field(gt=0, le=100)]
 # The first look at a draw of adaptive length is after so many images.
 LEAST_ADAPTIVE_IMAGES = 32
-DIALECTS: tuple[Dialect, ...] = ("cpu", "tensorrt")
+DIALECTS: tuple[Dialect, ...] = get_args(Dialect)
+ENGINES: tuple[EngineName, ...] = get_args(EngineName)
+# In which `ptq export` writes a graph.
+EXPORT_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
 _SCHEDULER = re.compile(r"(tcp|tls)://[^/:@\s]+:[0-9]{1,5}")
 
 
@@ -55,7 +55,12 @@ class PreprocessingConfig(_Section):
 
     channels: Literal[1, 3] = Field(3, description="Channels of the network's input: 3 for RGB, 1 for grey.")
     resize: int = Field(256, ge=4, le=4096, description="Length of the shorter side after resizing, in pixels.")
-    crop: int = Field(224, ge=4, le=4096, description="Side of the centred square that is kept, in pixels.")
+    crop: int = Field(
+        224,
+        ge=4,
+        le=4096,
+        description="Side of the centred square that is kept, in pixels; where a command names none, at most resize.",
+    )
     interpolation: Literal["nearest", "bilinear", "bicubic"] = Field(
         "bilinear", description="Filter used when an image is resized."
     )
@@ -501,41 +506,3 @@ class TrainingConfig(_Section):
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of weights, order and augmentation.")
     checkpoint: str = Field("", description="Weights to start from; empty: random.")
     output: str = Field("checkpoint.pth", description="File that receives the weights.")
-
-
-def describe_validation_error(error: ValidationError, *, source: str) -> str:
-    """Returns one sentence per wrong field of a pydantic error: where, what was found, what is allowed."""
-    parts = []
-    for item in error.errors()[:3]:
-        field = ".".join(str(step) for step in item["loc"]) or "config"
-        if item["type"] == "extra_forbidden":
-            parts.append(f"{field} is not a known key")
-        elif item["type"] == "missing":
-            parts.append(f"{field} is missing")
-        else:
-            parts.append(f"{field} is {item['input']!r}: {item['msg']}".replace("Value error, ", ""))
-    more = len(error.errors()) - len(parts)
-    tail = f" ({more} more)" if more > 0 else ""
-    return f"{source} cannot be used: {'; '.join(parts)}{tail}. ptq/config.py lists every field with its bounds."
-
-
-def load_yaml(path: Path) -> dict:
-    """Returns the mapping in a YAML file.
-
-    Raises:
-        UsageError: the file is absent, is not YAML, or holds something else than a mapping.
-    """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise UsageError(f"Config file {path} is not UTF-8 text: {error.reason}. Give a YAML file.") from error
-    except OSError as error:
-        raise UsageError(f"Config file {path} cannot be read: {error.strerror}. Give an existing YAML file.") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"Config file {path} is not valid YAML: {error}.") from error
-    if not isinstance(content, dict):
-        raise UsageError(
-            f"Config file {path} holds a {type(content).__name__}; expected a mapping with the sections "
-            "model, data, ..."
-        )
-    return content
