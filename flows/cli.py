@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from datetime import UTC, datetime
+from importlib import metadata
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,13 +25,13 @@ from rich.table import Table as RichTable
 
 from ptq.config import DataConfig, ModelConfig, PtqConfig, TrainingConfig, describe_validation_error, load_yaml
 from ptq.errors import PtqError, UsageError
+from ptq.extras import extra
 from ptq.records.verdict import Verdict
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="INT8 post-training quantization of PyTorch image classifiers, on Prefect.",
 )
 FAILED, WRONG_USAGE, REJECTED = 1, 2, 3
 # Quiet: the embedded server neither phones home nor gives up while a busy machine starts it.
@@ -210,6 +211,21 @@ def _run_flow(flow: Any, **arguments: Any) -> Any:
     return state.result(raise_on_failure=True)
 
 
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        sys.stdout.write(f"ptq {metadata.version('ptq-prefect')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """INT8 post-training quantization of PyTorch image classifiers, on Prefect."""
+
+
 @app.command()
 def quantize(
     source: Annotated[
@@ -368,7 +384,8 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Run the whole job on 1,797 real handwritten digits: train, quantize, benchmark, gate, publish, report."""
-    from ptq.data.demo_digits import DEMO, write_digits_folder
+    with extra("demo", needed_by="`ptq demo`"):
+        from ptq.data.demo_digits import DEMO, write_digits_folder
 
     images, store = directory / "digits", (directory / "store").absolute().as_uri()
     write_digits_folder(images, image_size=DEMO.image_size, seed=0)
@@ -580,7 +597,8 @@ def receive(
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 4201,
 ) -> None:
     """Take a bucket's notifications over HTTP, with the token of PTQ_RECEIVER_TOKEN, and announce new checkpoints."""
-    from flows.receiver import receive
+    with extra("server", needed_by="`ptq receive`"):
+        from flows.receiver import receive
 
     receive(prefix, store, host=host, port=port)
 

@@ -1,5 +1,7 @@
 import json
 import sys
+import tomllib
+from pathlib import Path
 
 import networks
 import pytest
@@ -224,6 +226,11 @@ def test_tensorrt_without_a_gpu_says_what_is_missing(run, checkpoint, image_fold
 
 def test_a_folder_without_a_verdict_is_no_run(run, tmp_path):
     assert_says(run("report", tmp_path), 2, "holds no verdict.json")
+
+
+def test_version_is_that_of_the_project(run):
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert run("--version") == (0, f"ptq {project['version']}\n", "")
 
 
 def test_help_names_every_command(run):
