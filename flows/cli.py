@@ -34,6 +34,7 @@ from flows.cli_output import FAILED, REJECTED, WRONG_USAGE, Terminal, fail, prin
 from ptq.config import DataConfig, ModelConfig, PtqConfig, TrainingConfig
 from ptq.config_file import config_from_mapping
 from ptq.errors import PtqError, UsageError
+from ptq.extras import extra
 from ptq.records.verdict import Verdict
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -160,7 +161,8 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Run the whole job on 1,797 real handwritten digits: train, quantize, benchmark, gate, publish, report."""
-    from ptq.data.demo_digits import DEMO, write_digits_folder
+    with extra("demo", needed_by="`ptq demo`"):
+        from ptq.data.demo_digits import DEMO, write_digits_folder
 
     images, store = directory / "digits", (directory / "store").absolute().as_uri()
     write_digits_folder(images, image_size=DEMO.image_size, seed=0)

@@ -6,6 +6,7 @@ import typer
 
 from flows.cli_options import DEFAULT_STORE, Json, StoreUri
 from flows.cli_output import FAILED, fail, print_json, run_flow
+from ptq.extras import extra
 
 _UNTIL_INTERRUPTED_S = 365 * 86_400.0
 
@@ -48,7 +49,8 @@ def receive(
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 4201,
 ) -> None:
     """Take a bucket's notifications over HTTP, with the token of PTQ_RECEIVER_TOKEN, and announce new checkpoints."""
-    from flows.receiver import receive
+    with extra("server", needed_by="`ptq receive`"):
+        from flows.receiver import receive
 
     receive(prefix, store, host=host, port=port)
 
