@@ -13,17 +13,18 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = ("ptq", "tasks", "flows")
 FILES = [path.relative_to(ROOT).as_posix() for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
 
-GROUND = {"errors", "config", "files", "provenance", "dialect"}
+GROUND = {"errors", "config", "files", "uris", "provenance", "dialect"}
 # The rooms of `ptq`, from the ground up, and which of them each may import. A room imports nothing above itself.
 ROOMS = {
     "errors": set(),
     "config": {"errors"},
     "files": {"errors"},
+    "uris": {"errors"},
     "provenance": set(),
     "records": {"config"},
     "dialect": {"config", "records"},
     "numerics": {"errors", "config", "records"},
-    "storage": {"errors", "files", "records"},
+    "storage": {"errors", "files", "uris", "records"},
     "data": {*GROUND, "records", "storage"},
     "graph": {*GROUND, "records", "numerics"},
     "networks": {*GROUND, "records", "numerics", "data", "graph"},

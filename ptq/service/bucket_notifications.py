@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import unquote_plus
 
 from ptq.errors import UsageError
+from ptq.uris import s3_uri
 
 # An envelope of SNS inside another one, and no more.
 _DEEPEST = 2
@@ -66,7 +67,7 @@ def _uri(place: Any, *, decode: bool) -> str:
         raise _malformed(f"names the key {key[:80]!r}, which is no UTF-8") from error
     if not bucket or not key or "/" in bucket:
         raise _malformed(f"names the bucket {bucket[:80]!r} and the key {key[:80]!r}")
-    return f"s3://{bucket}/{key}"
+    return s3_uri(bucket, key)
 
 
 def _field(content: Any, name: str, kind: type) -> Any:

@@ -1,7 +1,7 @@
 """What does a store ask of the place where its bytes lie?
 
 A backend keeps named byte strings: complete or absent, listed by prefix, created or replaced only if nobody else was
-faster. A local folder is here, a bucket in `s3_backend.py`. What the names and the bytes mean is `store.py`'s business.
+faster. A local folder is here, a bucket in `s3_bucket.py`. What the names and the bytes mean is `store.py`'s business.
 """
 
 import re

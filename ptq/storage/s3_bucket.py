@@ -19,13 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import parse_qs, urlparse
 
 import boto3
 from botocore import exceptions as faults
 from botocore.parsers import ResponseParserError
 
-from ptq.errors import ArtifactError, UsageError
+from ptq.errors import ArtifactError
 from ptq.storage.backend import Entry, require_name
 from ptq.storage.s3_client import (
     BROKEN_BODY,
@@ -36,8 +35,8 @@ from ptq.storage.s3_client import (
     require_length,
     slow_bodies,
     waited_for,
-    without_secrets,
 )
+from ptq.uris import parse_store_uri, s3_uri, without_secrets
 
 MEBIBYTE = 2**20
 # Up to here one request is faster than parts, which a server has to put together.
@@ -67,7 +66,9 @@ class S3Bucket:
     """
 
     def __init__(self, uri: str, *, client: Any = None, patience_s: float = PATIENCE_S) -> None:
-        self.bucket, self._prefix, addressing = parse_s3_uri(uri)
+        self.bucket, self._prefix, addressing = parse_store_uri(uri)
+        if self._prefix:
+            require_name(self._prefix.rstrip("/"))
         self._client = client or new_client(addressing)
         self._patience_s = patience_s
         self._honours_conditions: bool | None = None
@@ -75,7 +76,7 @@ class S3Bucket:
     @property
     def uri(self) -> str:
         """The bucket and prefix as an s3:// URI."""
-        return f"s3://{self.bucket}/{self._prefix}".rstrip("/")
+        return s3_uri(self.bucket, self._prefix).rstrip("/")
 
     @property
     def has_conditions(self) -> bool:
@@ -410,31 +411,6 @@ class _Digest:
         while (chunk := self._chunks.get()) is not None:
             digest.update(chunk)
         self.hexdigest = digest.hexdigest()
-
-
-def parse_s3_uri(uri: str) -> tuple[str, str, str]:
-    """Returns bucket, prefix (empty, or with a slash at the end) and addressing style of an s3:// URI.
-
-    Raises:
-        UsageError: the URI is not of this form.
-
-    >>> parse_s3_uri("s3://models/ptq?addressing=path")
-    ('models', 'ptq/', 'path')
-    """
-    parsed = urlparse(uri)
-    options = parse_qs(parsed.query, keep_blank_values=True)
-    addressing = options.pop("addressing", ["auto"])[-1]
-    if parsed.scheme != "s3" or not parsed.hostname or "@" in parsed.netloc or options or parsed.fragment:
-        raise UsageError(
-            f"output.store is {without_secrets(uri)!r}; expected s3://bucket/prefix, with ?addressing=path for a "
-            "server that does not know buckets as host names. Credentials come from boto3's own chain."
-        )
-    if addressing not in ("auto", "path", "virtual"):
-        raise UsageError(f"addressing is {addressing!r} in {uri}; expected auto, path or virtual.")
-    prefix = parsed.path.strip("/")
-    if prefix:
-        require_name(prefix)
-    return parsed.netloc, f"{prefix}/" if prefix else "", addressing
 
 
 _bucket_lock = threading.Lock()

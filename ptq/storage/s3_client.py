@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import random
-import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -108,11 +107,6 @@ def slow_bodies() -> Iterator[None]:
         yield
     except faults.ReadTimeoutError as error:
         raise TimeoutError(str(error)) from error
-
-
-def without_secrets(uri: str) -> str:
-    """Returns a URI without the user and password in it."""
-    return re.sub(r"//[^/@]*@", "//...@", uri)
 
 
 def new_client(addressing: str) -> Any:

@@ -1,6 +1,6 @@
 """How are objects read that others keep in S3: checkpoints, images, manifests?
 
-Reads only, and takes any key. Endpoint and credentials are those of `s3_backend.py`, which keeps the store. An ETag
+Reads only, and takes any key. Endpoint and credentials are those of `s3_bucket.py`, which keeps the store. An ETag
 tells here whether an object was touched, never what is in it.
 """
 
@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 from botocore import exceptions as faults
 from botocore.parsers import ResponseParserError
 
-from ptq.errors import ArtifactError, UsageError
+from ptq.errors import ArtifactError
 from ptq.storage.s3_client import PATIENCE_S, new_client, repeated, slow_bodies, waited_for
+from ptq.uris import s3_uri, split_uri
 
 _CHUNK_BYTES = 2**20
 _MISSING = ("404", "NoSuchKey", "NotFound", "NoSuchVersion")
@@ -39,26 +40,7 @@ class RemoteObject:
     @property
     def uri(self) -> str:
         """The object's s3:// URI."""
-        return f"s3://{self.bucket}/{self.key}"
-
-
-def split_uri(uri: str) -> tuple[str, str]:
-    """Returns bucket and key of an s3:// URI; the key as it stands, which may be empty.
-
-    Raises:
-        UsageError: the URI has no bucket, or holds credentials or options.
-
-    >>> split_uri("s3://images/x ray/train/")
-    ('images', 'x ray/train/')
-    """
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
-    if not uri.startswith("s3://") or not bucket or "@" in bucket or "?" in bucket or "?addressing=" in key:
-        shown = uri if "@" not in bucket else f"s3://...@{bucket.rpartition('@')[2]}/{key}"
-        raise UsageError(
-            f"{shown!r} names no input in S3; expected s3://bucket/key without options. The endpoint comes from "
-            "AWS_ENDPOINT_URL_S3, the credentials from boto3's own chain."
-        )
-    return bucket, key
+        return s3_uri(self.bucket, self.key)
 
 
 class RemoteObjects:
@@ -142,7 +124,7 @@ class RemoteObjects:
         try:
             return dict(self._client.get_object(**which))
         except faults.ClientError as error:
-            uri = f"s3://{which['Bucket']}/{which['Key']}"
+            uri = s3_uri(which["Bucket"], which["Key"])
             if _code(error) in _MISSING:
                 raise FileNotFoundError(uri) from error
             if _code(error) in ("412", "PreconditionFailed"):
