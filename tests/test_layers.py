@@ -69,7 +69,7 @@ HOMES = {
     "tensorrt": {"ptq/engines/tensorrt.py"},
     "openvino": {"ptq/engines/openvino.py"},
     "onnxruntime": {"ptq/engines/onnxruntime.py"},
-    "boto3": {"ptq/storage/s3_bucket.py", "ptq/storage/s3_client.py"},
+    "boto3": {"ptq/storage/s3_client.py", "ptq/storage/s3_bucket.py"},
     "botocore": {"ptq/storage/s3_client.py", "ptq/storage/s3_bucket.py", "ptq/storage/s3_reader.py"},
     "polars": {"ptq/data/", "ptq/evaluation/predictions.py", "ptq/report/"},
     "PIL": {"ptq/data/images.py", "ptq/data/demo_digits.py"},

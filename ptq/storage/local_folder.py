@@ -89,13 +89,13 @@ class LocalFolder:
             shutil.copyfile(self.local_path(name), target)
         return file_sha256(target)
 
-    def write(self, name: str, data: bytes, *, sha256: str = "") -> None:
+    def write(self, name: str, data: bytes) -> None:
         """Writes beside the folder's files and renames; see `Backend`."""
         with self._written() as temporary:
             _write_synced(temporary, data)
             temporary.replace(self._made_target(name))
 
-    def write_file(self, name: str, path: Path, *, sha256: str) -> None:
+    def write_file(self, name: str, path: Path) -> None:
         """Copies beside the folder's files and renames; see `Backend`."""
         with self._written() as temporary:
             shutil.copyfile(path, temporary)

@@ -104,7 +104,7 @@ class Store:
         """Stores `data` and returns its reference; a known object is not written again."""
         ref = ArtifactRef(name=name, sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data))
         if not self._was_put_lately(ref):
-            self.backend.write(_object_name(ref), data, sha256=ref.sha256)
+            self.backend.write(_object_name(ref), data)
         return ref
 
     def put_file(self, path: Path, name: str = "") -> ArtifactRef:
@@ -112,7 +112,7 @@ class Store:
         sha256 = file_sha256(path)
         ref = ArtifactRef(name=name or path.name, sha256=sha256, size_bytes=path.stat().st_size)
         if not self._was_put_lately(ref):
-            self.backend.write_file(_object_name(ref), path, sha256=sha256)
+            self.backend.write_file(_object_name(ref), path)
         return ref
 
     def _was_put_lately(self, ref: ArtifactRef) -> bool:
