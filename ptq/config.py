@@ -21,6 +21,7 @@ METHODS: tuple[Method, ...] = get_args(Method)
 Percentile = Annotated[float, Field(gt=0, le=100)]
 # The first look at a draw of adaptive length is after so many images.
 LEAST_ADAPTIVE_IMAGES = 32
+DEFAULT_STORE = "file://.ptq/store"
 DIALECTS: tuple[Dialect, ...] = get_args(Dialect)
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 # In which `ptq export` writes a graph.
@@ -454,7 +455,7 @@ class RunnerConfig(_Section):
 class OutputConfig(_Section):
     """Where results go."""
 
-    store: str = Field("file://.ptq/store", description="URI or path of the folder that holds artifacts.")
+    store: str = Field(DEFAULT_STORE, description="URI or path of the folder that holds artifacts.")
     directory: str = Field("ptq-output", description="Folder that receives the report, the graphs and the tables.")
 
 

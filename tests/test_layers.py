@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = ("ptq", "tasks", "flows")
 FILES = [path.relative_to(ROOT).as_posix() for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
 
-GROUND = {"errors", "extras", "config", "config_file", "files", "provenance", "dialect"}
+GROUND = {"errors", "extras", "config", "config_file", "files", "uris", "provenance", "dialect"}
 # The rooms of `ptq`, from the ground up, and which of them each may import. A room imports nothing above itself.
 ROOMS = {
     "errors": set(),
@@ -20,11 +20,12 @@ ROOMS = {
     "config": set(),
     "config_file": {"errors"},
     "files": {"errors"},
+    "uris": {"errors"},
     "provenance": set(),
     "records": {"config"},
     "dialect": {"config", "records"},
     "numerics": {"errors", "config", "records"},
-    "storage": {"errors", "files", "records"},
+    "storage": {"errors", "files", "uris", "records"},
     "data": {*GROUND, "records", "storage"},
     "graph": {*GROUND, "records", "numerics"},
     "networks": {*GROUND, "records", "numerics", "data", "graph"},
@@ -72,7 +73,7 @@ HOMES = {
     "tensorrt": {"ptq/engines/tensorrt.py"},
     "openvino": {"ptq/engines/openvino.py"},
     "onnxruntime": {"ptq/engines/onnxruntime.py"},
-    "boto3": {"ptq/storage/s3_bucket.py", "ptq/storage/s3_client.py"},
+    "boto3": {"ptq/storage/s3_client.py", "ptq/storage/s3_bucket.py"},
     "botocore": {"ptq/storage/s3_client.py", "ptq/storage/s3_bucket.py", "ptq/storage/s3_reader.py"},
     "polars": {"ptq/data/", "ptq/evaluation/predictions.py", "ptq/report/"},
     "PIL": {"ptq/data/images.py", "ptq/data/demo_digits.py"},

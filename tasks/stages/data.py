@@ -10,12 +10,13 @@ from ptq.config import Decoding, SplitNames
 from ptq.data import decoding as decoding_module
 from ptq.data import index as index_module
 from ptq.data import sampling
-from ptq.data.remote_inputs import Inputs, is_remote
+from ptq.data.remote_inputs import Inputs
 from ptq.files import npy_from_array
 from ptq.records.base import digest
 from ptq.records.calibration import CalibrationDraws
 from ptq.records.data import DataRecord, PreparedImages
 from ptq.storage.store import Store
+from ptq.uris import is_remote
 from tasks.runtime.context import RunContext, StageContext
 from tasks.runtime.progress import progress_logger
 from tasks.runtime.stage import stage

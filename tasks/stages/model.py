@@ -8,7 +8,7 @@ from pathlib import Path
 from prefect.logging import get_run_logger
 
 from ptq.calibration.calibrate import RANGE_IMAGES, ranges_from_files
-from ptq.data.remote_inputs import Inputs, checkpoint_file, is_remote
+from ptq.data.remote_inputs import Inputs, checkpoint_file
 from ptq.graph.source import source_digest
 from ptq.networks.checkpoint import model_sources
 from ptq.networks.factory import factory_digest
@@ -17,6 +17,7 @@ from ptq.quantization.prepare_torch import equalize_model, prepare_torch_model
 from ptq.quantization.prepared import plan_from_file
 from ptq.records.calibration import CalibrationDraws
 from ptq.records.plan import ModelRecord
+from ptq.uris import is_remote
 from tasks.runtime.context import RunContext
 from tasks.runtime.stage import stage
 
