@@ -5,6 +5,7 @@ The one place that knows how they are written. Nothing here asks a server or a d
 
 import re
 from pathlib import Path
+from typing import TypeGuard
 from urllib.parse import parse_qs, unquote, urlparse
 
 from ptq.errors import UsageError
@@ -13,7 +14,7 @@ _S3 = "s3"
 _SCHEME = f"{_S3}://"
 
 
-def is_remote(path: object) -> bool:
+def is_remote(path: object) -> TypeGuard[str]:
     """Whether a path is an s3:// URI.
 
     >>> is_remote("s3://images/train"), is_remote("/data/train")
