@@ -19,8 +19,9 @@ from ptq.graph.candidate import read_layers, write_candidate
 from ptq.graph.insertion import write_qdq_template
 from ptq.networks.factory import create_model
 from ptq.networks.folding import fold_model
-from ptq.quantization.placement_torch import place_quantizers
 from ptq.quantization.prepare_onnx import prepare_onnx_model
+from ptq.quantization.rules import place_quantizers
+from ptq.quantization.torch_view import view_of
 
 
 def prepared(path, directory, *, shape=(3, 8, 8), classes=4, named=True, **options):
@@ -64,7 +65,7 @@ def signature(plan):
 def torch_plan(model, **options):
     folded = fold_model(model)
     assert folded.traced
-    return place_quantizers(folded.module, traced=True, **{**networks.PLACEMENT, **options})
+    return place_quantizers(view_of(folded.module), **{**networks.PLACEMENT, **options})
 
 
 def assert_same_placement(model, directory, *, size=24, classes=4, dynamic=False, **options):
