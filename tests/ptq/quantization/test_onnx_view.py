@@ -253,7 +253,7 @@ def test_an_observed_tensor_has_the_values_of_the_pytorch_way(tmp_path):
 
 @pytest.mark.parametrize("dialect", ["cpu", "tensorrt"])
 def test_a_candidate_gives_the_logits_of_the_pytorch_way(tmp_path, dialect):
-    from tests.support.networks.test_export import SHAPE, Prepared, run_onnx
+    from tests.ptq.networks.test_export import SHAPE, Prepared, run_onnx
 
     model = networks.small_resnet()
     (tmp_path / "torch").mkdir()
