@@ -13,16 +13,17 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = ("ptq", "tasks", "flows")
 FILES = [path.relative_to(ROOT).as_posix() for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
 
-GROUND = {"errors", "config", "files", "provenance", "dialect"}
+GROUND = {"errors", "config", "files", "provenance", "wording", "dialect"}
 # The rooms of `ptq`, from the ground up, and which of them each may import. A room imports nothing above itself.
 ROOMS = {
     "errors": set(),
     "config": {"errors"},
     "files": {"errors"},
     "provenance": set(),
+    "wording": set(),
     "records": {"config"},
     "dialect": {"config", "records"},
-    "numerics": {"errors", "config", "records"},
+    "numerics": {"errors", "config", "wording", "records"},
     "storage": {"errors", "files", "records"},
     "data": {*GROUND, "records", "storage"},
     "graph": {*GROUND, "records", "numerics"},
