@@ -43,10 +43,10 @@ from ptq.records.verdict import (
     VerdictTrial,
 )
 from ptq.report.charts import boxplot_png
+from ptq.report.frames import benchmark_table, parquet_from_frame, results_table
 from ptq.report.html import html_report
 from ptq.report.inputs import ReportInputs, verdict_sentence
 from ptq.report.markdown import markdown_report, page_markdown
-from ptq.report.run_tables import benchmark_table, parquet_from_frame, results_table
 from ptq.storage.store import Store
 
 
