@@ -19,7 +19,7 @@ ROOMS = {
     "errors": set(),
     "config": {"errors"},
     "files": {"errors"},
-    "provenance": set(),
+    "provenance": {"errors"},
     "records": {"config"},
     "dialect": {"config", "records"},
     "numerics": {"errors", "config", "records"},
