@@ -21,7 +21,7 @@ ROOMS = {
     "config_file": {"errors"},
     "files": {"errors"},
     "uris": {"errors"},
-    "provenance": set(),
+    "provenance": {"errors"},
     "wording": set(),
     "records": {"config"},
     "dialect": {"config", "records"},

@@ -3,6 +3,7 @@
 import ast
 import json
 import shutil
+import sys
 import uuid
 from pathlib import Path
 
@@ -14,14 +15,14 @@ from PIL import Image
 from flows.quantize_model import quantize_model
 from ptq import provenance
 from ptq.config import PtqConfig
+from ptq.provenance import read_sources
 from ptq.storage.store import open_store
-from tasks.runtime import code_digest
 from tasks.runtime.code_digest import NOT_COUNTED, SourceTree
 
 ROOT = Path(__file__).parents[2]
 STAGES = {
-    (f"tasks.{path.stem}", node.name)
-    for path in (ROOT / "tasks").glob("*.py")
+    (f"tasks.stages.{path.stem}", node.name)
+    for path in (ROOT / "tasks/stages").glob("*.py")
     for node in ast.parse(path.read_text()).body
     if isinstance(node, ast.FunctionDef)
     and any(isinstance(item, ast.Call) and getattr(item.func, "id", "") == "stage" for item in node.decorator_list)
@@ -42,7 +43,7 @@ def copied(tmp_path):
 
 
 def digests(root):
-    tree = SourceTree(root)
+    tree = SourceTree(read_sources(root))
     return {stage: tree.code_of(module, stage).sha256 for module, stage in STAGES}
 
 
@@ -72,22 +73,22 @@ def test_there_are_stages_to_look_at():
     [
         ("ptq/numerics/amax.py", "entropy_bin", ON_METHODS),
         ("ptq/numerics/amax.py", "amax_from_weight", FAKE_QUANTIZED),
-        ("ptq/data/index.py", "draw_trials", {"draw_calibration_images"}),
-        ("ptq/data/index.py", "decode_rows", {"draw_calibration_images", "prepare_split"}),
+        ("ptq/data/sampling.py", "draw_trials", {"draw_calibration_images"}),
+        ("ptq/data/decoding.py", "decode_rows", {"draw_calibration_images", "prepare_split"}),
         ("ptq/data/index.py", "index_images", {"index_images"}),
         ("ptq/data/images.py", "network_input", {
             *ON_READERS, *EVALUATIONS, "choose_methods", "rank_layers", "fine_tune", "train_classifier",
         }),
         ("ptq/checks/run.py", "check_graph", {"validate_graph"}),
         ("ptq/evaluation/gate.py", "decide", {"decide"}),
-        ("ptq/numerics/metrics.py", "mcnemar_p", {"select_candidate", "compare_with_published"}),
+        ("ptq/numerics/paired_test.py", "mcnemar_p", {"select_candidate", "compare_with_published"}),
         ("ptq/evaluation/versus_published.py", "compare", {"compare_with_published"}),
         ("tasks/runtime/machine_lock.py", "shared_machine", set()),
         ("ptq/numerics/metrics.py", "split_metrics", EVALUATIONS),
         ("ptq/engines/openvino.py", "OpenVinoEngine.build", ON_ENGINE),
-        ("ptq/engines/openvino.py", "open_activation_readers", ON_READERS),
+        ("ptq/engines/openvino_activations.py", "open_activation_readers", ON_READERS),
         ("ptq/engines/tensorrt.py", "TensorRtEngine.build", ON_ENGINE),
-        ("ptq/report/run_tables.py", "html_report", set()),
+        ("ptq/report/html.py", "html_report", set()),
         ("ptq/report/deliver.py", "compose_verdict", set()),
         ("ptq/storage/store.py", "Store.put_file", set()),
         ("ptq/storage/cache.py", "ObjectCache.find", set()),
@@ -137,9 +138,9 @@ def test_every_way_to_reach_code_is_followed(tmp_path, source, edit):
     below.write_text(
         "def low():\n    return 1\n\nclass Low:\n    def low(self):\n        return 1\n\nTABLE = {1: low}\n"
     )
-    first = SourceTree(tmp_path).code_of("ptq.top", "top").sha256
+    first = SourceTree(read_sources(tmp_path)).code_of("ptq.top", "top").sha256
     edited(below, *edit)
-    assert SourceTree(tmp_path).code_of("ptq.top", "top").sha256 != first
+    assert SourceTree(read_sources(tmp_path)).code_of("ptq.top", "top").sha256 != first
 
 
 def test_what_a_module_does_on_import_counts_and_what_it_only_defines_does_not(tmp_path):
@@ -148,10 +149,88 @@ def test_what_a_module_does_on_import_counts_and_what_it_only_defines_does_not(t
 
     def digest_with(more):
         module.write_text(f"import numpy\n\ndef used(): return 1\n{more}")
-        return SourceTree(tmp_path).code_of("ptq.one", "used").sha256
+        return SourceTree(read_sources(tmp_path)).code_of("ptq.one", "used").sha256
 
     assert digest_with("def other(): return 2\n") == digest_with("OTHER = 3\n") == digest_with("")
     assert digest_with("numpy.seterr(all='raise')\n") != digest_with("")
+
+
+REGISTRY = "CHECKS = {}\n\ndef check(function):\n    CHECKS[function.__name__] = function\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "changes"),
+    [
+        ("from ptq.registry import check\n\n@check\ndef new(): return {}\n", True),
+        ("from ptq.registry import CHECKS\n\nCHECKS['new'] = {}\n", True),
+        ("from ptq import registry\n\nif True:\n    registry.CHECKS.update(new={})\n", True),
+        ("def new(): return {}\n", False),
+        ("NEW = {}\n", False),
+    ],
+    ids=["decorator", "assignment", "branch", "function", "constant"],
+)
+def test_what_a_module_registers_on_import_counts_for_whoever_imports_it(tmp_path, source, changes):
+    (tmp_path / "ptq").mkdir()
+    (tmp_path / "ptq/__init__.py").write_text("from ptq import between\n")
+    (tmp_path / "ptq/between.py").write_text("from ptq import below\n")
+    (tmp_path / "ptq/registry.py").write_text(REGISTRY)
+    (tmp_path / "ptq/top.py").write_text("from ptq.registry import CHECKS\n\ndef top(): return CHECKS\n")
+
+    def digest_with(value):
+        (tmp_path / "ptq/below.py").write_text(source.format(value))
+        return SourceTree(read_sources(tmp_path)).code_of("ptq.top", "top").sha256
+
+    assert (digest_with(1) != digest_with(2)) is changes
+
+
+# Modules that import by a name they compute, and why the digest need not know what.
+COMPUTED_IMPORTS = {
+    "ptq/networks/factory.py": "imports the network, whose source is an input of the stage by its digest",
+    "tasks/runtime/dask_runner.py": "imports a stage, which has a digest of its own",
+}
+# Libraries that no result depends on as a number, and why. Any other that `ptq` imports is in LIBRARIES.
+NO_NUMBERS = {
+    "absl": "logs", "boto3": "moves bytes", "botocore": "moves bytes", "google": "reads protobuf for onnx",
+    "jaxtyping": "names shapes", "jinja2": "writes pages", "llvmlite": "comes with the version of numba",
+    "matplotlib": "draws pictures", "polars": "reads and writes tables", "psutil": "tells the load of the machine",
+    "pydantic": "reads settings", "pydantic_core": "reads settings", "safetensors": "reads and writes weights",
+    "sklearn": "holds the images of the demo, which are files to a run",
+    "tensorrt": "its version is part of the engine's identity, an input", "yaml": "reads settings",
+}  # fmt: skip
+
+
+def nodes_of(*packages):
+    paths = [path for package in packages for path in sorted((ROOT / package).rglob("*.py"))]
+    return [
+        (path.relative_to(ROOT).as_posix(), node) for path in paths for node in ast.walk(ast.parse(path.read_text()))
+    ]
+
+
+def test_every_library_that_computes_is_part_of_the_key():
+    names = {
+        name
+        for _, node in nodes_of("ptq")
+        if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and not node.level)
+        for name in ([each.name for each in node.names] if isinstance(node, ast.Import) else [node.module])
+    }
+    tops = {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"ptq"}
+    assert tops == {*provenance.LIBRARIES, *NO_NUMBERS}
+
+
+def test_no_other_module_imports_by_a_name_that_cannot_be_read():
+    found = {
+        file
+        for file, node in nodes_of("ptq", "tasks")
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__")
+        and not isinstance(node.args[0], ast.Constant)
+    }
+    assert found == set(COMPUTED_IMPORTS)
+
+
+def test_no_class_registers_its_subclasses():
+    assert [file for file, node in nodes_of("ptq", "tasks") if getattr(node, "name", "") == "__init_subclass__"] == []
+    assert [file for file, node in nodes_of("ptq", "tasks") if getattr(node, "arg", "") == "metaclass"] == []
 
 
 def test_what_is_not_counted_exists():
@@ -319,7 +398,7 @@ def test_the_same_checkpoint_elsewhere_repeats_nothing(base, tmp_path):
 )
 def test_another_version_of_a_library_repeats_the_stages_that_name_it(base, monkeypatch, library, expected):
     known = provenance._version
-    monkeypatch.setattr(code_digest, "_version", lambda name: "0.0" if name == library else known(name))
+    monkeypatch.setattr(provenance, "_version", lambda name: "0.0" if name == library else known(name))
     provenance.library_versions.cache_clear()
     found = computed(base)
     provenance.library_versions.cache_clear()
