@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from ptq.config import Dialect, GateConfig, WeightMethod, in_method_order
+from ptq.config import Dialect, GateConfig, WeightMethod
 from ptq.data.images import network_input
 from ptq.data.sampling import evenly_spaced
 from ptq.evaluation import gate
@@ -38,7 +38,7 @@ from ptq.networks.unfolding import unfolded_state
 from ptq.quantization.prepared import plan_from_file
 from ptq.records.benchmark import BenchmarkRecord
 from ptq.records.decision import Attempt, FloatGroup, GateDecision, LayerSensitivity, QuantizerChoice
-from ptq.records.evaluation import PairedComparison
+from ptq.records.evaluation import PairedComparison, in_method_order
 from ptq.records.plan import PlacementPlan
 from ptq.wording import first_names
 

@@ -3,13 +3,12 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ptq.config import in_method_order
 from ptq.evaluation.predictions import ClassMetrics
 from ptq.records.benchmark import BenchmarkRecord, Measurement
 from ptq.records.calibration import CalibrationDraws
 from ptq.records.data import DataRecord
 from ptq.records.decision import Attempt, PublishedComparison
-from ptq.records.evaluation import EvaluationRecord, Selection, SplitMetrics
+from ptq.records.evaluation import EvaluationRecord, Selection, SplitMetrics, in_method_order
 from ptq.records.graph import EngineRecord, GraphChecks
 from ptq.records.plan import ModelRecord, PlacementPlan
 from ptq.records.verdict import Verdict
