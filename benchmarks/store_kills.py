@@ -328,7 +328,7 @@ def counted(path: Path, arguments: list[str]) -> None:
     from ptq.data import images
 
     counts: dict[str, float] = {"decoded": 0}
-    plain_open, context, publish_end = images.Image.open, quantize_model.RunContext, quantize_model.write_report
+    plain_open, plain_start, publish_end = images.Image.open, quantize_model.resolve_engine, quantize_model.write_report
 
     def opening(*parameters: Any, **more: Any) -> Any:
         counts["decoded"] += 1
@@ -336,7 +336,7 @@ def counted(path: Path, arguments: list[str]) -> None:
 
     def beginning(*parameters: Any, **more: Any) -> Any:
         counts.setdefault("flow_began_at", time.time())
-        return context(*parameters, **more)
+        return plain_start(*parameters, **more)
 
     def ending(*parameters: Any, **more: Any) -> Any:
         result = publish_end(*parameters, **more)
@@ -345,7 +345,7 @@ def counted(path: Path, arguments: list[str]) -> None:
 
     # Each is looked up where it is used: what the flow does first, what it does last, and the one way to decode.
     for module, name, replacement in (
-        (images.Image, "open", opening), (quantize_model, "RunContext", beginning),
+        (images.Image, "open", opening), (quantize_model, "resolve_engine", beginning),
         (quantize_model, "write_report", ending),
     ):  # fmt: skip
         setattr(module, name, replacement)

@@ -32,6 +32,7 @@ from prefect.workers.process import ProcessWorker
 
 from deployments.automations import set_up_automations
 from deployments.server_calls import POOL
+from ptq.config import DEFAULT_STORE
 
 WATCHER = "watch-checkpoints/watch-checkpoints"
 # The automations take up a run that has crashed.
@@ -59,7 +60,7 @@ def deploy_all(root: Path = ROOT) -> None:
         SystemExit: one of them could not be deployed; Prefect has said why.
     """
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
-    defaults = {"PTQ_WATCHED": "checkpoints", "PTQ_STORE": "file://.ptq/store"}
+    defaults = {"PTQ_WATCHED": "checkpoints", "PTQ_STORE": DEFAULT_STORE}
     server = get_current_settings().to_environment_variables(exclude_unset=True)
     environment = {**defaults, **os.environ, **server, "PTQ_HOME": str(root)}
     done = subprocess.run(command, cwd=root, env=environment, check=False)

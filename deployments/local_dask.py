@@ -9,7 +9,10 @@ import contextlib
 import signal
 import threading
 
-import distributed
+from ptq.extras import extra
+
+with extra("dask", needed_by="`make dask`"):
+    import distributed
 
 
 def main() -> None:

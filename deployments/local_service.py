@@ -27,6 +27,7 @@ from deployments.supervisor import (
     end_of_log,
     read_state,
 )
+from ptq.uris import is_remote
 
 FOLDER = ROOT / ".ptq" / "service"
 WATCHED = ROOT / "checkpoints"
@@ -67,7 +68,7 @@ def start(port: Port = 4200) -> None:
     watched = elsewhere or WATCHED.name
     example = f"demo/{DEMO.model}_digits.pth"
     hand_in = f"mkdir -p {watched}/digits && cp {example} {watched}/digits/"
-    if watched.startswith("s3://"):
+    if is_remote(watched):
         hand_in = f"aws s3 cp {example} {watched}/digits/"
     typer.echo(
         f"The service is up.\n"

@@ -6,7 +6,7 @@ from prefect import flow, runtime
 
 from ptq.config import TrainingConfig
 from ptq.records.data import TrainingRecord
-from tasks.runtime.stage import RunContext
+from tasks.runtime.context import StageContext
 from tasks.stages.data import index_images, prepare_split
 from tasks.stages.training import deliver_checkpoint, train_classifier
 
@@ -17,12 +17,9 @@ def train_model(config: TrainingConfig, store: str, threads: int = 0) -> Trainin
 
     1. index and decode images   2. train   3. write the checkpoint
     """
-    run = RunContext(store_uri=store, run_id=runtime.flow_run.name)
-    splits, decoding = config.data, config.data.preprocessing.decoding
-    data = index_images(
-        splits.path, calibration_split=splits.calibration_split, selection_split=splits.selection_split,
-        test_split=splits.test_split, run=run,
-    )  # fmt: skip
+    run = StageContext(store_uri=store, run_id=runtime.flow_run.name)
+    splits, decoding = config.data.splits, config.data.preprocessing.decoding
+    data = index_images(config.data.path, splits, run=run)
     train = prepare_split(data, splits.calibration_split, decoding, run=run)
     has_held_out = any(split.split == splits.selection_split for split in data.splits)
     held_out = prepare_split(data, splits.selection_split, decoding, run=run) if has_held_out else None

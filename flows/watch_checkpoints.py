@@ -5,6 +5,7 @@ from typing import Annotated
 from prefect import flow
 from pydantic import Field
 
+from ptq.config import DEFAULT_STORE
 from tasks.service.watching import LONGEST_READING_S, watch_prefix
 
 
@@ -40,4 +41,4 @@ def watch_checkpoints(
 
 
 if __name__ == "__main__":
-    watch_checkpoints("checkpoints", "file://.ptq/store")
+    watch_checkpoints("checkpoints", DEFAULT_STORE)

@@ -7,12 +7,9 @@ descriptions are the form that the Prefect UI shows. Nothing is computed here.
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from ptq.errors import UsageError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Method = Literal["max", "percentile", "mse", "entropy"]
 Dialect = Literal["cpu", "tensorrt"]
@@ -20,11 +17,15 @@ EngineName = Literal["auto", "openvino", "tensorrt", "onnxruntime"]
 WeightMethod = Literal["max", "mse"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
-METHODS: tuple[Method, ...] = ("max", "percentile", "mse", "entropy")
+METHODS: tuple[Method, ...] = get_args(Method)
 Percentile = Annotated[float, Field(gt=0, le=100)]
 # The first look at a draw of adaptive length is after so many images.
 LEAST_ADAPTIVE_IMAGES = 32
-DIALECTS: tuple[Dialect, ...] = ("cpu", "tensorrt")
+DEFAULT_STORE = "file://.ptq/store"
+DIALECTS: tuple[Dialect, ...] = get_args(Dialect)
+ENGINES: tuple[EngineName, ...] = get_args(EngineName)
+# In which `ptq export` writes a graph.
+EXPORT_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
 _SCHEDULER = re.compile(r"(tcp|tls)://[^/:@\s]+:[0-9]{1,5}")
 
 
@@ -55,7 +56,12 @@ class PreprocessingConfig(_Section):
 
     channels: Literal[1, 3] = Field(3, description="Channels of the network's input: 3 for RGB, 1 for grey.")
     resize: int = Field(256, ge=4, le=4096, description="Length of the shorter side after resizing, in pixels.")
-    crop: int = Field(224, ge=4, le=4096, description="Side of the centred square that is kept, in pixels.")
+    crop: int = Field(
+        224,
+        ge=4,
+        le=4096,
+        description="Side of the centred square that is kept, in pixels; where a command names none, at most resize.",
+    )
     interpolation: Literal["nearest", "bilinear", "bicubic"] = Field(
         "bilinear", description="Filter used when an image is resized."
     )
@@ -93,6 +99,14 @@ class PreprocessingConfig(_Section):
         return Normalization(mean=self.mean, std=self.std)
 
 
+class SplitNames(_Section):
+    """The part of the data's settings that says what each split is for. See `DataConfig`."""
+
+    calibration_split: str
+    selection_split: str
+    test_split: str
+
+
 class DataConfig(_Section):
     """Which images are used, and for what."""
 
@@ -108,6 +122,13 @@ class DataConfig(_Section):
     preprocessing: PreprocessingConfig = Field(
         default_factory=PreprocessingConfig, description="How a file becomes the network's input."
     )
+
+    @property
+    def splits(self) -> SplitNames:
+        """What an index of the images depends on, beside where they lie."""
+        return SplitNames(
+            calibration_split=self.calibration_split, selection_split=self.selection_split, test_split=self.test_split
+        )
 
 
 def is_onnx_file(path: object) -> bool:
@@ -280,9 +301,14 @@ class CalibrationConfig(_Section):
             )
         return self
 
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether a draw may end before its last image."""
+        return self.tolerance_percent > 0
+
     def stopping_rule(self, dialect: Dialect) -> StoppingRule | None:
         """Returns when a draw has enough images, None where it is to use all of them."""
-        if not self.tolerance_percent:
+        if not self.is_adaptive:
             return None
         return StoppingRule(methods=self.labelled_methods, dialect=dialect, tolerance_percent=self.tolerance_percent)
 
@@ -429,7 +455,7 @@ class RunnerConfig(_Section):
 class OutputConfig(_Section):
     """Where results go."""
 
-    store: str = Field("file://.ptq/store", description="URI or path of the folder that holds artifacts.")
+    store: str = Field(DEFAULT_STORE, description="URI or path of the folder that holds artifacts.")
     directory: str = Field("ptq-output", description="Folder that receives the report, the graphs and the tables.")
 
 
@@ -481,41 +507,3 @@ class TrainingConfig(_Section):
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of weights, order and augmentation.")
     checkpoint: str = Field("", description="Weights to start from; empty: random.")
     output: str = Field("checkpoint.pth", description="File that receives the weights.")
-
-
-def describe_validation_error(error: ValidationError, *, source: str) -> str:
-    """Returns one sentence per wrong field of a pydantic error: where, what was found, what is allowed."""
-    parts = []
-    for item in error.errors()[:3]:
-        field = ".".join(str(step) for step in item["loc"]) or "config"
-        if item["type"] == "extra_forbidden":
-            parts.append(f"{field} is not a known key")
-        elif item["type"] == "missing":
-            parts.append(f"{field} is missing")
-        else:
-            parts.append(f"{field} is {item['input']!r}: {item['msg']}".replace("Value error, ", ""))
-    more = len(error.errors()) - len(parts)
-    tail = f" ({more} more)" if more > 0 else ""
-    return f"{source} cannot be used: {'; '.join(parts)}{tail}. ptq/config.py lists every field with its bounds."
-
-
-def load_yaml(path: Path) -> dict:
-    """Returns the mapping in a YAML file.
-
-    Raises:
-        UsageError: the file is absent, is not YAML, or holds something else than a mapping.
-    """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise UsageError(f"Config file {path} is not UTF-8 text: {error.reason}. Give a YAML file.") from error
-    except OSError as error:
-        raise UsageError(f"Config file {path} cannot be read: {error.strerror}. Give an existing YAML file.") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"Config file {path} is not valid YAML: {error}.") from error
-    if not isinstance(content, dict):
-        raise UsageError(
-            f"Config file {path} holds a {type(content).__name__}; expected a mapping with the sections "
-            "model, data, ..."
-        )
-    return content

@@ -17,7 +17,7 @@ from torch import nn
 from ptq.calibration.amax_tables import bounds
 from ptq.calibration.early_stopping import Collect, collect_adaptively, describe_lengths, used_draws
 from ptq.calibration.gpu_statistics import collect_statistics_on_device
-from ptq.calibration.statistics import Progress, TrialStatistics, collect_statistics
+from ptq.calibration.statistics import TrialStatistics, collect_statistics
 from ptq.config import StoppingRule
 from ptq.data.images import network_input
 from ptq.data.sampling import evenly_spaced
@@ -26,6 +26,7 @@ from ptq.engines import open_activation_readers
 from ptq.graph.candidate import read_layers
 from ptq.numerics.bias_correction import bias_shift
 from ptq.numerics.channel_factors import channel_ranges
+from ptq.records.base import Progress
 from ptq.records.calibration import CalibrationDraws
 from ptq.records.plan import PlacementPlan
 

@@ -19,11 +19,12 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
-from ptq.calibration.statistics import Progress, TrialStatistics, trials_by_image
+from ptq.calibration.statistics import TrialStatistics, trials_by_image
 from ptq.data.images import network_input
 from ptq.errors import CalibrationError
 from ptq.numerics.bias_correction import RESOLUTION, ChannelSums, empty_channel_sums
 from ptq.numerics.histogram import MIN_EXPONENT, Histograms
+from ptq.records.base import Progress
 
 # Batches between two looks at the flags of values that are not finite; each look waits for the device.
 CHECK_EVERY = 256

@@ -20,6 +20,7 @@ from ptq.errors import CalibrationError
 from ptq.numerics.bias_correction import ChannelSums, merge_channel_sums
 from ptq.numerics.histogram import Histograms, merge
 from ptq.numerics.histogram_kernel import Accumulators
+from ptq.records.base import Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,6 @@ class TrialStatistics:
 
 
 Reader = Callable[[Float[np.ndarray, "1 c h w"]], Sequence[Float[np.ndarray, "..."]]]
-Progress = Callable[[int, int], None]
 
 
 def collect_statistics(

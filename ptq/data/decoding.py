@@ -9,9 +9,10 @@ import numpy as np
 from ptq.config import Decoding, PreprocessingConfig
 from ptq.data.image_folders import tree_at
 from ptq.data.images import decode_image
-from ptq.data.index import ImageRow, Progress
+from ptq.data.index import ImageRow
 from ptq.data.remote_inputs import Inputs
 from ptq.errors import ManifestError
+from ptq.records.base import Progress
 
 
 def decode_rows(

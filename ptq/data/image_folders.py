@@ -7,19 +7,19 @@ What splits and classes are is the business of `datasets.py`.
 import bisect
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Protocol
 
-from ptq.data.remote_inputs import READS_AT_ONCE, Inputs, is_remote
+from ptq.data.remote_inputs import READS_AT_ONCE, Inputs
 from ptq.errors import ManifestError
+from ptq.records.base import Progress
+from ptq.uris import is_remote, s3_uri, split_uri
 
 if TYPE_CHECKING:
     from ptq.storage.s3_reader import RemoteObject
-
-Progress = Callable[[int, int], None]
 
 
 class ImageTree(Protocol):
@@ -174,11 +174,10 @@ class BucketTree:
 
     def absent(self, paths: Sequence[str]) -> list[str]:
         """Returns the paths without an object; see `ImageTree`. Other buckets and prefixes are listed as well."""
-        elsewhere = [path for path in paths if is_remote(path)]
-        for bucket in {path.removeprefix("s3://").partition("/")[0] for path in elsewhere}:
-            keys = [path.removeprefix(f"s3://{bucket}/") for path in elsewhere if path.startswith(f"s3://{bucket}/")]
-            shared = os.path.commonprefix(keys).rpartition("/")[0]
-            listed = self._inputs.listed(f"s3://{bucket}/{shared}/" if shared else f"s3://{bucket}/")
+        elsewhere = [split_uri(path) for path in paths if is_remote(path)]
+        for bucket in {bucket for bucket, _ in elsewhere}:
+            shared = os.path.commonprefix([key for each, key in elsewhere if each == bucket]).rpartition("/")[0]
+            listed = self._inputs.listed(s3_uri(bucket, f"{shared}/" if shared else ""))
             self._others.update({each.uri: each for each in listed})
         return [path for path in paths if path not in (self._others if is_remote(path) else self._files)]
 
@@ -195,6 +194,6 @@ class BucketTree:
 
 def tree_at(root: Path | str, inputs: Inputs | None = None) -> ImageTree:
     """Returns the images under a folder or an s3:// URI."""
-    if isinstance(root, str) and is_remote(root):
+    if is_remote(root):
         return BucketTree(root, inputs or Inputs())
     return LocalTree(Path(root))

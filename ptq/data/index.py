@@ -8,7 +8,6 @@ normalises pixels or runs a network.
 import hashlib
 import io
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +16,11 @@ import polars as pl
 
 from ptq.data.image_folders import tree_at
 from ptq.data.listing import Listing, Splits, is_manifest, list_local, list_remote, quoted, read_manifest, some
-from ptq.data.remote_inputs import Inputs, is_remote
+from ptq.data.remote_inputs import Inputs
 from ptq.errors import ManifestError
+from ptq.records.base import Progress
 from ptq.records.data import SplitCount
-
-Progress = Callable[[int, int], None]
+from ptq.uris import is_remote
 
 
 @dataclass(frozen=True, slots=True)

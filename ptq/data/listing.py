@@ -7,8 +7,9 @@ from pathlib import Path, PurePosixPath
 import polars as pl
 
 from ptq.data.image_folders import ImageTree, tree_at
-from ptq.data.remote_inputs import Inputs, is_remote
+from ptq.data.remote_inputs import Inputs
 from ptq.errors import ManifestError
+from ptq.uris import is_remote
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 MANIFEST_ENDINGS = (".csv", ".parquet")

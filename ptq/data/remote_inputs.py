@@ -11,18 +11,19 @@ import json
 import os
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from ptq.errors import ArtifactError, CheckpointError, ManifestError, PtqError
-from ptq.files import disk_errors, file_digest
-from ptq.records.base import digest
+from ptq.files import disk_errors, file_sha256
+from ptq.records.base import Progress, digest
 from ptq.storage.cache import ObjectCache, user_cache
 from ptq.storage.local_folder import LocalFolder
 from ptq.storage.store import Store
+from ptq.uris import is_remote
 
 if TYPE_CHECKING:
     from ptq.storage.s3_reader import RemoteObject, RemoteObjects
@@ -32,17 +33,6 @@ READS_AT_ONCE = 16
 # What was read is noted after so many objects, so that a run that is killed need not read them again.
 _NOTED_EVERY = 500
 CHECKPOINT_ENDINGS = (".pth", ".pt", ".safetensors", ".onnx")
-
-Progress = Callable[[int, int], None]
-
-
-def is_remote(path: object) -> bool:
-    """Whether a path is an s3:// URI.
-
-    >>> is_remote("s3://images/train"), is_remote("/data/train")
-    (True, False)
-    """
-    return isinstance(path, str) and path.startswith("s3://")
 
 
 def checkpoint_file(path: str, store: Store | None = None) -> contextlib.AbstractContextManager[Path]:
@@ -202,7 +192,7 @@ class Inputs:
         if is_remote(path):
             return self.checkpoint_digest(path)
         try:
-            return file_digest(Path(path))
+            return file_sha256(Path(path))
         except OSError as error:
             raise CheckpointError(
                 f"Checkpoint {path} cannot be read: {error.strerror}. Expected the file that the event names."

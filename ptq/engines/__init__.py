@@ -7,9 +7,8 @@ described in `ptq.engines.interface`; each adapter file is the only importer of 
 import logging
 import os
 from pathlib import Path
-from typing import get_args
 
-from ptq.config import EngineName
+from ptq.config import ENGINES
 from ptq.engines.base import ActivationReader, Engine, int8_share
 from ptq.errors import EngineBuildError, UsageError
 
@@ -30,8 +29,8 @@ def open_engine(name: str, *, threads: int, timing_cache: bytes = b"") -> Engine
         UsageError: there is no engine of that name, or `threads` is negative.
         EngineBuildError: TensorRT was asked for and cannot be used on this machine.
     """
-    if name not in get_args(EngineName):
-        known = ", ".join(get_args(EngineName))
+    if name not in ENGINES:
+        known = ", ".join(ENGINES)
         raise UsageError(f"engine.name is {name!r}. The engines are {known}. Give one of these with `--engine`.")
     if threads < 0:
         raise UsageError(f"engine.threads is {threads}. Expected 0, for all cores, or a positive number of threads.")

@@ -15,6 +15,7 @@ from onnx import TensorProto
 from onnx.external_data_helper import load_external_data_for_model, uses_external_data
 
 from ptq.errors import CheckpointError
+from ptq.files import file_sha256
 
 # Per-channel Q/DQ exists from opset 13 on; older files are brought to the newest opset that TensorRT 8.6 reads.
 OLDEST_OPSET, OPSET = 13, 17
@@ -75,7 +76,7 @@ def source_digest(path: Path) -> str:
     model = _parsed(path)
     locations = _data_files(model)
     _load_data_(path, model)  # an absent file is an error with its reason
-    digests = [_sha256(path), *(_sha256(path.parent / location) for location in locations)]
+    digests = [file_sha256(path), *(file_sha256(path.parent / location) for location in locations)]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
@@ -90,11 +91,6 @@ def _data_files(model: onnx.ModelProto) -> list[str]:
             if entry.key == "location"
         }
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _parsed(path: Path) -> onnx.ModelProto:

@@ -19,10 +19,11 @@ from safetensors.torch import save as safetensors_bytes
 
 from ptq.config import TrainingConfig
 from ptq.data.images import network_input
-from ptq.data.remote_inputs import Inputs, checkpoint_file, is_remote
+from ptq.data.remote_inputs import Inputs, checkpoint_file
 from ptq.errors import ManifestError, UsageError
 from ptq.networks.checkpoint import checkpoint_digest, load_weights_, read_state_dict
 from ptq.networks.factory import create_model, factory_digest
+from ptq.uris import is_remote
 
 LABEL_SMOOTHING = 0.05
 MOMENTUM = 0.9

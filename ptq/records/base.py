@@ -8,6 +8,7 @@ stage that takes it. Every record is JSON after `to_jsonable`, and comes back wi
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,6 +16,8 @@ from pydantic import TypeAdapter
 from pydantic_core import to_jsonable_python
 
 Record = TypeVar("Record")
+# Called by whatever takes long, with how much is done and how much there is.
+Progress = Callable[[int, int], None]
 
 
 def to_jsonable(value: Any) -> Any:

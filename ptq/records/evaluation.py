@@ -1,8 +1,10 @@
 """How right is each candidate, and which was selected?"""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ptq.records.base import ArtifactRef
+from ptq.records.calibration import AmaxRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,3 +103,7 @@ class Selection:
     spreads: tuple[MethodSpread, ...]
     sampling_std_pp: float
     spread_sentence: str
+
+    def table_among(self, tables: Sequence[AmaxRecord]) -> AmaxRecord:
+        """Returns the amax table of the chosen candidate."""
+        return next(each for each in tables if (each.method, each.trial) == (self.method, self.trial))

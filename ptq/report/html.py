@@ -14,7 +14,7 @@ from ptq.report.inputs import (
     test_metrics,
     verdict_sentence,
 )
-from ptq.report.page_parts import data_uri, page_template
+from ptq.report.page_parts import Tile, data_uri, page_of
 from ptq.report.run_tables import (
     accuracy_table,
     attempts_table,
@@ -42,10 +42,10 @@ CLASSES_IN_A_MATRIX = 20
 
 def html_report(inputs: ReportInputs) -> str:
     """Returns the whole report as one HTML file: styles and pictures inside, no script, nothing loaded."""
-    template = page_template("run.html.j2")
     findings, infos = findings_tables(inputs.checks)
     classes = inputs.model.num_classes
-    page = template.render(
+    return page_of(
+        "run.html.j2",
         inputs=inputs,
         verdict=inputs.verdict,
         sentence=verdict_sentence(inputs),
@@ -77,17 +77,6 @@ def html_report(inputs: ReportInputs) -> str:
         lengths=lengths_table(inputs),
         provenance=provenance_tables(inputs),
     )
-    return page.strip() + "\n"
-
-
-@dataclass(frozen=True, slots=True)
-class _Tile:
-    """One headline figure."""
-
-    label: str
-    value: str
-    detail: str
-    alarming: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,23 +98,23 @@ class _Matrix:
     rows: tuple[tuple[str, tuple[_MatrixCell, ...]], ...]
 
 
-def _tiles(inputs: ReportInputs) -> list[_Tile]:
+def _tiles(inputs: ReportInputs) -> list[Tile]:
     best, record = inputs.verdict.best, inputs.benchmark
     interval = f"95 % interval {interval_text(best.drop_interval_pp)}"
-    tiles = [_Tile("Accuracy drop", f"{fixed(best.drop_pp, 2)} pp", interval)]
+    tiles = [Tile("Accuracy drop", f"{fixed(best.drop_pp, 2)} pp", interval)]
     for batch_size in sorted({item.batch_size for item in record.measurements})[:2]:
         fp32, int8 = record.of("fp32", batch_size), record.of("int8", batch_size)
         if fp32 is not None and int8 is not None:
             ratio = fp32.median_ms / int8.median_ms
             detail = f"{int8.median_ms:,.2f} instead of {fp32.median_ms:,.2f} ms"
-            tiles.append(_Tile(f"Speed-up, batch {batch_size}", f"{ratio_text(ratio)}×", detail, ratio < 1))
+            tiles.append(Tile(f"Speed-up, batch {batch_size}", f"{ratio_text(ratio)}×", detail, ratio < 1))
     _, int8_metrics = test_metrics(inputs)
     found = inputs.selection.comparison
     changed = f"{found.flipped:,} of {found.images:,} images changed"
-    tiles.append(_Tile("Agreement with FP32", with_unit(int8_metrics.agreement_percent, 1, "%"), changed))
+    tiles.append(Tile("Agreement with FP32", with_unit(int8_metrics.agreement_percent, 1, "%"), changed))
     share = inputs.verdict.int8
     detail = f"INT8 output: {fixed(share.conv_int8_output_percent, 1)} %"
-    tiles.append(_Tile("Layers with INT8 input", f"{fixed(share.conv_int8_input_percent, 1)} %", detail))
+    tiles.append(Tile("Layers with INT8 input", f"{fixed(share.conv_int8_input_percent, 1)} %", detail))
     return tiles
 
 

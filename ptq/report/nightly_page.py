@@ -13,7 +13,7 @@ from ptq.evaluation.gate import HEADLINES
 from ptq.report.cells import drop_phrase, fixed, interval_text
 from ptq.report.charts import nights_png
 from ptq.report.markdown import markdown_text
-from ptq.report.page_parts import data_uri, page_template
+from ptq.report.page_parts import Tile, data_uri, page_of
 from ptq.service.nightly_results import Night, NightFindings
 
 NIGHTS_IN_MARKDOWN = 30
@@ -35,16 +35,6 @@ class HistoryRow:
     reason: str
     is_bad: bool
     begins: str
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """A number of the last night that came to a verdict."""
-
-    label: str
-    value: str
-    detail: str
-    is_bad: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,21 +73,19 @@ def history_html(nights: Sequence[Night]) -> str:
         ValueError: there is no night.
     """
     last = _last_of(nights)
-    template = page_template("nightly.html.j2")
-    places = _places(nights)
-    page = template.render(
+    return page_of(
+        "nightly.html.j2",
         model=last.model,
         headline=headline(nights),
         is_bad=last.decision != "accept",
         reason=last.reason if last.found else "",
         span=_span(nights),
         tiles=_tiles(nights),
-        places=places,
+        places=_places(nights),
         charts=_charts(nights),
         columns=_columns(nights),
         rows=_rows(nights),
     )
-    return page.strip() + "\n"
 
 
 def history_markdown(nights: Sequence[Night]) -> str:

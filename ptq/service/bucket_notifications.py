@@ -1,6 +1,6 @@
 """Which objects were created, by what a bucket says?
 
-Reads the JSON that AWS S3, MinIO and EventBridge send, also inside an envelope of SNS. Sends and fetches nothing.
+Reads the JSON that AWS S3, MinIO and EventBridge send. Sends and fetches nothing.
 Formats: "Event message structure" and "EventBridge event message structure" in the Amazon S3 user guide.
 """
 
@@ -10,17 +10,14 @@ from typing import Any
 from urllib.parse import unquote_plus
 
 from ptq.errors import UsageError
-
-# An envelope of SNS inside another one, and no more.
-_DEEPEST = 2
-_CONFIRMATIONS = ("SubscriptionConfirmation", "UnsubscribeConfirmation")
+from ptq.uris import s3_uri
 
 
 def created_objects(body: bytes) -> tuple[str, ...]:
     """Returns the s3:// URIs of the objects that a notification says were created, each once, in its order.
 
-    Deletions, tests of the connection and confirmations of a subscription give none. A version that the notification
-    names is left out: what is read later is the object as it is then.
+    Deletions and tests of the connection give none. A version that the notification names is left out: what is read
+    later is the object as it is then.
 
     Args:
         body: the body of the request, JSON in UTF-8.
@@ -32,17 +29,15 @@ def created_objects(body: bytes) -> tuple[str, ...]:
     ...     b'"s3": {"bucket": {"name": "models"}, "object": {"key": "in/x+ray/a%2Bb.pth"}}}]}')
     ('s3://models/in/x ray/a+b.pth',)
     """
-    return tuple(dict.fromkeys(_created(_parsed(body), depth=0)))
+    return tuple(dict.fromkeys(_created(_parsed(body))))
 
 
-def _created(content: Any, *, depth: int) -> Iterator[str]:
+def _created(content: Any) -> Iterator[str]:
     if not isinstance(content, Mapping):
         raise _malformed(f"is a {type(content).__name__}, not an object")
-    if content.get("Type") in _CONFIRMATIONS or content.get("Event") == "s3:TestEvent":
+    if content.get("Event") == "s3:TestEvent":
         return
-    if isinstance(content.get("Message"), str) and depth < _DEEPEST:
-        yield from _created(_parsed(content["Message"].encode(errors="replace")), depth=depth + 1)
-    elif "detail-type" in content:
+    if "detail-type" in content:
         if content["detail-type"] == "Object Created":
             # Keys in EventBridge's messages are plain.
             yield _uri(content.get("detail"), decode=False)
@@ -66,7 +61,7 @@ def _uri(place: Any, *, decode: bool) -> str:
         raise _malformed(f"names the key {key[:80]!r}, which is no UTF-8") from error
     if not bucket or not key or "/" in bucket:
         raise _malformed(f"names the bucket {bucket[:80]!r} and the key {key[:80]!r}")
-    return f"s3://{bucket}/{key}"
+    return s3_uri(bucket, key)
 
 
 def _field(content: Any, name: str, kind: type) -> Any:
@@ -85,7 +80,6 @@ def _parsed(body: bytes) -> Any:
 
 def _malformed(found: str) -> UsageError:
     return UsageError(
-        f"The notification {found}. Expected what AWS S3 or MinIO send of a bucket's events (Records), an EventBridge "
-        'event (detail-type "Object Created"), or one of these in an SNS message. Check what the bucket is set up to '
-        "send here."
+        f"The notification {found}. Expected what AWS S3 or MinIO send of a bucket's events (Records), or an event of "
+        'EventBridge (detail-type "Object Created"). Check what the bucket is set up to send here.'
     )

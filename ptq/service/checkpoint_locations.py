@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Protocol
 
-from ptq.data.remote_inputs import Inputs, is_remote
+from ptq.data.remote_inputs import Inputs
 from ptq.errors import ArtifactError
-from ptq.files import file_digest
+from ptq.files import file_sha256
 from ptq.storage.store import Store
+from ptq.uris import is_remote
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +156,7 @@ class _Folder:
     def read(self, found: Found) -> Reading | None:
         path = Path(found.uri)
         try:
-            reading = Reading(file_digest(path), is_whole(path, ending=path.suffix))
+            reading = Reading(file_sha256(path), is_whole(path, ending=path.suffix))
         except FileNotFoundError:
             return None
         except OSError as error:

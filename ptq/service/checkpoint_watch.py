@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from ptq.data.remote_inputs import CHECKPOINT_ENDINGS, is_remote
+from ptq.data.remote_inputs import CHECKPOINT_ENDINGS
 from ptq.errors import ArtifactError, UsageError
 from ptq.records.base import digest
 from ptq.service.checkpoint_locations import Found, place_of
 from ptq.storage.store import Store
+from ptq.uris import is_remote, s3_uri, split_uri
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +54,7 @@ def watched_prefix(prefix: str) -> str:
     ('s3://models/incoming', '/data/incoming')
     """
     if is_remote(prefix):
-        # Imported here: boto3 takes half a second, which folders need not wait for.
-        from ptq.storage.s3_reader import split_uri
-
-        bucket, key = split_uri(prefix)
-        return f"s3://{bucket}/{key}".rstrip("/")
+        return s3_uri(*split_uri(prefix)).rstrip("/")
     path = prefix.removeprefix("file://")
     if not path or "://" in path:
         raise UsageError(f"prefix is {prefix!r}; expected a folder or s3://bucket/prefix.")

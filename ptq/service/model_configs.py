@@ -7,9 +7,8 @@ A folder holds one YAML file a model, a whole `PtqConfig`, named as the model is
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from ptq.config import PtqConfig, describe_validation_error, load_yaml
+from ptq.config import PtqConfig
+from ptq.config_file import config_from_mapping, load_yaml
 from ptq.errors import UsageError
 
 
@@ -44,7 +43,4 @@ def model_config(folder: Path, model: str, *, checkpoint: str = "") -> PtqConfig
     content: dict[str, Any] = load_yaml(path)
     if checkpoint:
         content = {**content, "model": {**(content.get("model") or {}), "checkpoint": checkpoint}}
-    try:
-        return PtqConfig.model_validate(content)
-    except ValidationError as error:
-        raise UsageError(describe_validation_error(error, source=f"Model config {path}")) from error
+    return config_from_mapping(PtqConfig, content, source=f"Model config {path}")

@@ -1,7 +1,7 @@
 """What does a store ask of the place where its bytes lie?
 
 A backend keeps named byte strings: complete or absent, listed by prefix, created or replaced only if nobody else was
-faster. A local folder is here, a bucket in `s3_backend.py`. What the names and the bytes mean is `store.py`'s business.
+faster. A local folder is here, a bucket in `s3_bucket.py`. What the names and the bytes mean is `store.py`'s business.
 """
 
 import re
@@ -60,12 +60,12 @@ class Backend(Protocol):
         """Writes the bytes to the file `target` and returns their SHA-256; FileNotFoundError as `read`."""
         ...
 
-    def write(self, name: str, data: bytes, *, sha256: str = "") -> None:
-        """Keeps `data`, in place of what was there; `sha256` is their digest, where it is known already."""
+    def write(self, name: str, data: bytes) -> None:
+        """Keeps `data`, in place of what was there."""
         ...
 
-    def write_file(self, name: str, path: Path, *, sha256: str) -> None:
-        """Keeps the bytes of the file at `path`, whose digest is `sha256`, in place of what was there."""
+    def write_file(self, name: str, path: Path) -> None:
+        """Keeps the bytes of the file at `path`, in place of what was there."""
         ...
 
     def create(self, name: str, data: bytes) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ptq.errors import ArtifactError, UsageError
-from ptq.files import disk_errors, file_digest
+from ptq.files import disk_errors, file_sha256
 
 DEFAULT_GIB = 20.0
 # A path that was handed out may be opened a little later.
@@ -63,7 +63,7 @@ class ObjectCache:
         path = self._path(sha256)
         try:
             with disk_errors(self.root):
-                found = file_digest(path)
+                found = file_sha256(path)
         except FileNotFoundError:
             return None
         if found != sha256:

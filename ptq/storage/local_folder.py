@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ptq.errors import ArtifactError
-from ptq.files import disk_errors
+from ptq.files import disk_errors, file_sha256
 from ptq.storage.backend import Entry, require_name
 
 _FOLDERS = ("objects", "stages", "models", "runs", "inputs", "damaged", "tmp")
@@ -87,16 +87,15 @@ class LocalFolder:
         """Copies a file; see `Backend`."""
         with disk_errors(self.root):
             shutil.copyfile(self.local_path(name), target)
-        with target.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return file_sha256(target)
 
-    def write(self, name: str, data: bytes, *, sha256: str = "") -> None:
+    def write(self, name: str, data: bytes) -> None:
         """Writes beside the folder's files and renames; see `Backend`."""
         with self._written() as temporary:
             _write_synced(temporary, data)
             temporary.replace(self._made_target(name))
 
-    def write_file(self, name: str, path: Path, *, sha256: str) -> None:
+    def write_file(self, name: str, path: Path) -> None:
         """Copies beside the folder's files and renames; see `Backend`."""
         with self._written() as temporary:
             shutil.copyfile(path, temporary)

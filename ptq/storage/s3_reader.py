@@ -1,26 +1,22 @@
 """How are objects read that others keep in S3: checkpoints, images, manifests?
 
-Reads only, and takes any key. Endpoint and credentials are those of `s3_backend.py`, which keeps the store. An ETag
+Reads only, and takes any key. Endpoint and credentials are those of `s3_bucket.py`, which keeps the store. An ETag
 tells here whether an object was touched, never what is in it.
 """
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from botocore import exceptions as faults
-from botocore.parsers import ResponseParserError
 
-from ptq.errors import ArtifactError, UsageError
-from ptq.storage.s3_client import PATIENCE_S, new_client, repeated, slow_bodies, waited_for
+from ptq.errors import ArtifactError
+from ptq.storage import s3_client
+from ptq.uris import s3_uri, split_uri
 
-_CHUNK_BYTES = 2**20
-_MISSING = ("404", "NoSuchKey", "NotFound", "NoSuchVersion")
 _DENIED = ("401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch")
-# What is no fault of botocore's own kind, where a body breaks.
-_BROKEN_BODY = (ResponseParserError, ConnectionError, TimeoutError)
 
 Result = TypeVar("Result")
 
@@ -39,26 +35,7 @@ class RemoteObject:
     @property
     def uri(self) -> str:
         """The object's s3:// URI."""
-        return f"s3://{self.bucket}/{self.key}"
-
-
-def split_uri(uri: str) -> tuple[str, str]:
-    """Returns bucket and key of an s3:// URI; the key as it stands, which may be empty.
-
-    Raises:
-        UsageError: the URI has no bucket, or holds credentials or options.
-
-    >>> split_uri("s3://images/x ray/train/")
-    ('images', 'x ray/train/')
-    """
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
-    if not uri.startswith("s3://") or not bucket or "@" in bucket or "?" in bucket or "?addressing=" in key:
-        shown = uri if "@" not in bucket else f"s3://...@{bucket.rpartition('@')[2]}/{key}"
-        raise UsageError(
-            f"{shown!r} names no input in S3; expected s3://bucket/key without options. The endpoint comes from "
-            "AWS_ENDPOINT_URL_S3, the credentials from boto3's own chain."
-        )
-    return bucket, key
+        return s3_uri(self.bucket, self.key)
 
 
 class RemoteObjects:
@@ -70,23 +47,14 @@ class RemoteObjects:
         patience_s: seconds for which a server that is away is asked again.
     """
 
-    def __init__(self, *, patience_s: float = PATIENCE_S) -> None:
-        self._client = new_client("auto")
+    def __init__(self, *, patience_s: float = s3_client.PATIENCE_S) -> None:
+        self._client = s3_client.new_client("auto")
         self._patience_s = patience_s
 
     def find(self, uri: str) -> RemoteObject | None:
         """Returns what is at `uri`, None if nothing is."""
         bucket, key = split_uri(uri)
-
-        def attempt() -> dict[str, Any] | None:
-            try:
-                return dict(self._client.head_object(Bucket=bucket, Key=key))
-            except faults.ClientError as error:
-                if _code(error) in _MISSING:
-                    return None
-                raise
-
-        found = self._repeated(uri, attempt)
+        found = self._repeated(uri, lambda: s3_client.head_of(self._client, bucket, key))
         if found is None:
             return None
         version = str(found.get("VersionId") or "")
@@ -98,66 +66,44 @@ class RemoteObjects:
     def listed(self, uri: str) -> list[RemoteObject]:
         """Returns what is under an s3:// URI, which is taken as a prefix, ordered by key."""
         bucket, prefix = split_uri(uri)
-        where = {"Bucket": bucket, "Prefix": prefix}
-        found: list[RemoteObject] = []
-        while True:
-            page = self._repeated(uri, lambda: self._client.list_objects_v2(**where))
-            for item in page.get("Contents", []):
-                state = f"{item['ETag']} {item['LastModified'].timestamp():.3f}"
-                found.append(RemoteObject(bucket, str(item["Key"]), int(item["Size"]), str(item["ETag"]), state))
-            if not page.get("IsTruncated"):
-                return sorted(found, key=lambda each: each.key)
-            where["ContinuationToken"] = page["NextContinuationToken"]
+        found = [
+            RemoteObject(
+                bucket, str(item["Key"]), int(item["Size"]), str(item["ETag"]),
+                f"{item['ETag']} {item['LastModified'].timestamp():.3f}",
+            )
+            for item in s3_client.objects_under(self._client, bucket, prefix, ask=partial(self._repeated, uri))
+        ]  # fmt: skip
+        return sorted(found, key=lambda each: each.key)
 
     def read(self, uri: str) -> bytes:
         """Returns the bytes at `uri`; FileNotFoundError if nothing is there."""
         bucket, key = split_uri(uri)
-
-        def attempt() -> bytes:
-            response = self._open(Bucket=bucket, Key=key)
-            with slow_bodies():
-                data = bytes(response["Body"].read())
-            _require_length(len(data), response)
-            return data
-
-        return self._repeated(uri, attempt)
+        return self._repeated(uri, lambda: s3_client.body_of(self._open(Bucket=bucket, Key=key)))
 
     def fetch(self, found: RemoteObject, target: Path) -> str:
         """Streams an object to the file `target` and returns its SHA-256; FileNotFoundError if it is gone."""
-        version = {"VersionId": found.version} if found.version else {}
-
-        def attempt() -> str:
-            response = self._open(Bucket=found.bucket, Key=found.key, IfMatch=found.etag, **version)
-            digest = hashlib.sha256()
-            with target.open("wb") as stream, slow_bodies():
-                for chunk in response["Body"].iter_chunks(_CHUNK_BYTES):
-                    digest.update(chunk)
-                    stream.write(chunk)
-                _require_length(stream.tell(), response)
-            return digest.hexdigest()
-
-        return self._repeated(found.uri, attempt)
+        which = {"Bucket": found.bucket, "Key": found.key, "IfMatch": found.etag}
+        which |= {"VersionId": found.version} if found.version else {}
+        return self._repeated(found.uri, lambda: s3_client.save_body(self._open(**which), target))
 
     def _open(self, **which: str) -> dict[str, Any]:
         try:
-            return dict(self._client.get_object(**which))
+            return s3_client.open_object(self._client, **which)
         except faults.ClientError as error:
-            uri = f"s3://{which['Bucket']}/{which['Key']}"
-            if _code(error) in _MISSING:
-                raise FileNotFoundError(uri) from error
-            if _code(error) in ("412", "PreconditionFailed"):
+            if s3_client.code_of(error) in ("412", "PreconditionFailed"):
+                uri = s3_uri(which["Bucket"], which["Key"])
                 raise ArtifactError(f"{uri} changed while it was read. Run again once nothing writes to it.") from error
             raise
 
     def _repeated(self, uri: str, attempt: Callable[[], Result]) -> Result:
         """Returns what `attempt` returns, made again as in `repeated`; botocore's exceptions become ArtifactError."""
         try:
-            return repeated(attempt, patience_s=self._patience_s)
-        except (*_BROKEN_BODY, faults.BotoCoreError, faults.ClientError) as error:
+            return s3_client.repeated(attempt, patience_s=self._patience_s)
+        except s3_client.REQUEST_ERRORS as error:
             raise self._error(uri, error) from error
 
     def _error(self, uri: str, error: Exception) -> ArtifactError:
-        code = _code(error) if isinstance(error, faults.ClientError) else ""
+        code = s3_client.code_of(error)
         if code == "NoSuchBucket":
             bucket = split_uri(uri)[0]
             return ArtifactError(
@@ -169,18 +115,9 @@ class RemoteObjects:
                 f"{uri} may not be read at {self._client.meta.endpoint_url} ({code or 'no credentials'}). Expected "
                 "credentials, where boto3 looks for them, that may list the bucket and get its objects."
             )
-        said = " ".join(str(error).split())[:300]
+        said, waited = " ".join(str(error).split())[:300], s3_client.waited_for(error, self._patience_s)
         return ArtifactError(
-            f"Cannot read {uri} at {self._client.meta.endpoint_url}{waited_for(error, self._patience_s)}: {said}. "
+            f"Cannot read {uri} at {self._client.meta.endpoint_url}{waited}: {said}. "
             "Expected a server that answers. Check AWS_ENDPOINT_URL_S3 and the network; a run that is started again "
             "goes on where this one stopped."
         )
-
-
-def _code(error: faults.ClientError) -> str:
-    return str(error.response.get("Error", {}).get("Code", ""))
-
-
-def _require_length(found: int, response: dict[str, Any]) -> None:
-    if found != int(response["ContentLength"]):
-        raise ConnectionError(f"the body ended after {found} of {response['ContentLength']} bytes")

@@ -15,14 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
-from urllib.parse import unquote, urlparse
 
 from ptq.errors import ArtifactError, UsageError
-from ptq.files import file_digest
+from ptq.files import file_sha256
 from ptq.records.base import ArtifactRef, digest
 from ptq.storage.backend import Backend
 from ptq.storage.cache import ObjectCache, user_cache
 from ptq.storage.local_folder import LocalFolder
+from ptq.uris import folder_of_uri
 
 # Times a body is fetched, where what arrives is not what was stored.
 _FETCH_ATTEMPTS = 4
@@ -79,29 +79,6 @@ def open_store(uri: str) -> "Store":
     return Store(LocalFolder(root))
 
 
-def folder_of_uri(uri: str) -> Path | None:
-    """Returns the folder that a store's URI names, None for a bucket.
-
-    Raises:
-        UsageError: the URI's scheme is not known.
-    """
-    if "://" not in uri:
-        return Path(uri).expanduser().absolute()
-    parsed = urlparse(uri)
-    if parsed.scheme == "s3":
-        return None
-    if parsed.scheme != "file":
-        raise UsageError(
-            f"output.store is {re.sub('//[^/@]*@', '//...@', uri)!r}; expected file:///absolute/folder, "
-            "file://relative/folder, a path or s3://bucket/prefix."
-        )
-    if parsed.fragment or parsed.query:
-        raise UsageError(
-            f"output.store is {uri!r}; write # and ? in a file:// URI as %23 and %3F, or give a plain path."
-        )
-    return Path(unquote(parsed.netloc + parsed.path)).expanduser().absolute()
-
-
 class Store:
     """Objects by SHA-256, stages by key, runs and models by name, kept by a backend.
 
@@ -127,16 +104,15 @@ class Store:
         """Stores `data` and returns its reference; a known object is not written again."""
         ref = ArtifactRef(name=name, sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data))
         if not self._was_put_lately(ref):
-            self.backend.write(_object_name(ref), data, sha256=ref.sha256)
+            self.backend.write(_object_name(ref), data)
         return ref
 
     def put_file(self, path: Path, name: str = "") -> ArtifactRef:
         """Stores the file at `path` under `name` (default: its own name) and returns its reference."""
-        with path.open("rb") as stream:
-            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        sha256 = file_sha256(path)
         ref = ArtifactRef(name=name or path.name, sha256=sha256, size_bytes=path.stat().st_size)
         if not self._was_put_lately(ref):
-            self.backend.write_file(_object_name(ref), path, sha256=sha256)
+            self.backend.write_file(_object_name(ref), path)
         return ref
 
     def _was_put_lately(self, ref: ArtifactRef) -> bool:
@@ -156,7 +132,7 @@ class Store:
             return self._fetched(ref)
         if not path.is_file():
             raise self._absent(ref)
-        found = file_digest(path)
+        found = file_sha256(path)
         if found != ref.sha256:
             raise self._set_aside_damaged(ref, found)
         return path

@@ -1,7 +1,7 @@
 """Where do the stages run that a flow maps?
 
 On a thread of its own machine, unless `spread_stages` sends them to the workers of a Dask cluster. Stages that a flow
-calls stay where the flow is. What a cluster is asked stands in `tasks.dask_stages`.
+calls stay where the flow is. What a cluster is asked stands in `tasks.runtime.dask_runner`.
 """
 
 from collections.abc import Iterable
@@ -15,6 +15,7 @@ from prefect.futures import PrefectFuture, PrefectFutureList
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from ptq.config import PtqConfig
+from ptq.extras import extra
 from ptq.records.graph import EngineIdentity
 from tasks.runtime.worker_check import worker_requirements
 
@@ -81,7 +82,8 @@ def spread_stages(config: PtqConfig, engine: EngineIdentity) -> None:
     if config.runner.name != "dask":
         return
     # Imported here: distributed takes half a second, which runs on threads need not wait for.
-    from tasks.runtime.dask_runner import DaskStages
+    with extra("dask", needed_by="`runner.name: dask`"):
+        from tasks.runtime.dask_runner import DaskStages
 
     context = FlowRunContext.get()
     runner = context.task_runner if context else None

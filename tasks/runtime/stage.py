@@ -1,16 +1,15 @@
 """What is common to every stage?
 
 Turns a function into a Prefect task that runs only when its result is not in the store yet: the stage's key is
-the digest of its inputs, of the code it depends on and of the versions of the numeric libraries this code names.
-A hit shows as Cached in the UI. The record is written after its objects, so a run that is killed leaves nothing half
-done.
+the digest of its arguments, of what it declares to use of the run, of the code it depends on and of the versions of
+the numeric libraries this code names. A hit shows as Cached in the UI. The record is written after its objects, so a
+run that is killed leaves nothing half done.
 """
 
 import inspect
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Literal, ParamSpec, TypeVar, cast
 
@@ -21,8 +20,9 @@ from prefect.transactions import TransactionState, get_transaction
 from ptq.errors import ArtifactError
 from ptq.provenance import library_versions
 from ptq.records.base import record_from_json, to_jsonable
-from ptq.storage.store import StageEntry, open_store, stage_key
+from ptq.storage.store import StageEntry, stage_key
 from tasks.runtime.code_digest import code_of_stage
+from tasks.runtime.context import ContextView, StageContext, value_of
 from tasks.runtime.machine_lock import shared_machine, whole_machine
 from tasks.runtime.progress import announce_finished
 from tasks.runtime.retries import is_transient
@@ -37,33 +37,28 @@ Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True, slots=True)
-class RunContext:
-    """Where a run keeps its artifacts. It is no input of a stage: the same stage elsewhere has the same key."""
-
-    store_uri: str
-    run_id: str
-
-
 def stage(
     *,
     returns: type,
     timeout_seconds: float | None,
+    uses: Collection[str] = (),
+    ignores: Collection[str] = (),
     retries: int = 0,
-    ignore: Collection[str] = (),
     reads: Callable[..., Any] | None = None,
     reads_until: Literal["begun", "done"] = "done",
     run_name: str | None = None,
     machine: Literal["", "shared", "whole"] = "",
 ) -> Callable[[Callable[Parameters, Result]], Task[Parameters, Result]]:
-    """Returns a decorator that makes a cached Prefect task of a function with a parameter `run: RunContext`.
+    """Returns a decorator that makes a cached Prefect task of a function with a parameter `run`, its context.
 
     Args:
         returns: the record's type.
+        uses: what the stage reads of the run, as dotted paths such as `config.calibration.bins`. It can read nothing
+            else.
+        ignores: arguments, and paths into the run, that the stage may read and that do not change its result.
         timeout_seconds: limit of one attempt; None for mapped stages, which run in worker threads: Prefect cannot
             interrupt those and would warn on every run.
         retries: attempts after a transport fault; the project's own errors are never retried.
-        ignore: parameters that do not change the result.
         reads: given the other arguments by name, what the stage reads from outside the store (a digest), so that
             a change out there is seen.
         reads_until: when that is read. A stage that reads to its end fails where it was changed meanwhile; one that
@@ -76,18 +71,21 @@ def stage(
     def decorate(function: Callable[Parameters, Result]) -> Task[Parameters, Result]:
         name = function.__name__
         signature = inspect.signature(function)
+        declared = frozenset({*uses, *ignores})
 
         @wraps(function)
         def body(*args: Any, **kwargs: Any) -> Any:
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
-            run: RunContext = bound.arguments["run"]
-            inputs = {key: value for key, value in bound.arguments.items() if key not in ("run", *ignore)}
-            store = open_store(run.store_uri)
+            run: StageContext = bound.arguments["run"]
+            store = run.store
+            inputs = {key: value for key, value in bound.arguments.items() if key not in ("run", *ignores)}
+            used = {path: value_of(run, path) for path in uses}
+            bound.arguments["run"] = ContextView(run, declared, stage=name)
             outside = _outside(reads, bound.arguments)
             code = code_of_stage(function)
             made_by = {"code": code.sha256, "libraries": library_versions(code.libraries)}
-            key = stage_key(name, {"arguments": inputs, "outside": outside, **made_by})
+            key = stage_key(name, {"arguments": inputs, "uses": used, "outside": outside, **made_by})
             entry = store.read_stage(name, key)
             if entry is not None:
                 store.note_stage(run.run_id, entry, cached=True)
@@ -96,7 +94,7 @@ def stage(
                 return record_from_json(returns, entry.record)
             with _MACHINE[machine]():
                 started = time.monotonic()
-                made = function(*args, **kwargs)
+                made = function(*bound.args, **bound.kwargs)
             if reads_until == "done" and _outside(reads, bound.arguments) != outside:
                 raise ArtifactError(
                     f"What {name} reads was replaced while it read it, so its result is of neither version and was not "
@@ -110,6 +108,7 @@ def stage(
             announce_finished(name, seconds=entry.seconds, cached=False)
             return made
 
+        body.declared = declared  # type: ignore[attr-defined]
         wrapped: Any = task(  # type: ignore[call-overload]
             body,
             name=name,

@@ -9,12 +9,12 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_logger, get_run_logger
 
-from ptq.data.remote_inputs import is_remote
 from ptq.errors import ArtifactError, PtqError, UsageError
 from ptq.records.base import digest
 from ptq.service.bucket_notifications import created_objects
 from ptq.service.checkpoint_watch import Checkpoint, CheckpointWatch, model_of
 from ptq.storage.store import Store, open_store
+from ptq.uris import is_remote
 from tasks.service.announcements import Announced, Logger, announce, api, claim, confirm
 
 # To read a large collection for the first time takes that much longer than to watch it.

@@ -3,17 +3,17 @@
 import json
 
 from ptq.calibration.amax_tables import amax_table
-from ptq.config import Dialect, LabelledMethod
+from ptq.config import LabelledMethod
 from ptq.numerics.histogram import trials_from_bytes
 from ptq.quantization.prepared import plan_from_file
 from ptq.records.base import ArtifactRef
 from ptq.records.calibration import AmaxRecord
 from ptq.records.plan import ModelRecord
-from ptq.storage.store import open_store
-from tasks.runtime.stage import RunContext, stage
+from tasks.runtime.context import RunContext
+from tasks.runtime.stage import stage
 
 
-@stage(returns=AmaxRecord, timeout_seconds=None, run_name="compute_amax-{method.label}-{trial}")
+@stage(returns=AmaxRecord, timeout_seconds=None, uses=("dialect",), run_name="compute_amax-{method.label}-{trial}")
 def compute_amax(
     histograms: ArtifactRef,
     model: ModelRecord,
@@ -21,18 +21,16 @@ def compute_amax(
     method: LabelledMethod,
     biases: ArtifactRef | None = None,
     *,
-    dialect: Dialect,
     run: RunContext,
 ) -> AmaxRecord:
     """Compute the amax of every activation quantizer for one trial by one method; biases go with the candidate."""
-    store = open_store(run.store_uri)
-    trials = trials_from_bytes(store.get_bytes(histograms))
+    trials = trials_from_bytes(run.store.get_bytes(histograms))
     table = amax_table(
         trials[trial],
-        plan=plan_from_file(store.get_path(model.plan)),
-        dialect=dialect,
+        plan=plan_from_file(run.store.get_path(model.plan)),
+        dialect=run.dialect,
         method=method.method,
         percentile=method.percentile,
     )
     data = json.dumps(table, indent=1, sort_keys=True).encode()
-    return AmaxRecord(trial=trial, method=method.label, table=store.put_bytes(data, "amax.json"), biases=biases)
+    return AmaxRecord(trial=trial, method=method.label, table=run.store.put_bytes(data, "amax.json"), biases=biases)

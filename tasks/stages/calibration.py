@@ -14,7 +14,7 @@ from ptq.calibration.calibrate import (
 )
 from ptq.calibration.shards import bytes_from_shard, draws_of_shard, merge_shards
 from ptq.calibration.statistics import TrialStatistics
-from ptq.config import Normalization, StoppingRule
+from ptq.config import StoppingRule
 from ptq.files import arrays_from_npz, npz_from_arrays
 from ptq.numerics.histogram import bytes_from_trials
 from ptq.quantization.prepare_torch import observed_model
@@ -22,33 +22,27 @@ from ptq.quantization.prepared import plan_from_file
 from ptq.records.base import ArtifactRef
 from ptq.records.calibration import CalibrationDraws, StatisticsRecord
 from ptq.records.plan import ModelRecord, PlacementPlan
-from ptq.storage.store import Store, open_store
+from ptq.storage.store import Store
+from tasks.runtime.context import RunContext
 from tasks.runtime.progress import progress_logger
-from tasks.runtime.stage import RunContext, stage
+from tasks.runtime.stage import stage
+
+# What observes activations, on the machine that a stage runs on.
+_OBSERVED = ("config.calibration.bins", "device", "normalization")
 
 
-@stage(returns=StatisticsRecord, timeout_seconds=24 * 3600, ignore=("threads",), machine="shared")
-def collect_statistics(
-    model: ModelRecord,
-    draws: CalibrationDraws,
-    normalization: Normalization,
-    *,
-    bins: int,
-    threads: int,
-    device: str = "",
-    stopping: StoppingRule | None = None,
-    run: RunContext,
-) -> StatisticsRecord:
-    """Collect the activation histograms of every trial over the drawn images, or until there are enough of them.
-
-    `device` is the torch device that runs the model, empty for OpenVINO on the CPU, which runs ONNX files anyway.
-    """
-    store = open_store(run.store_uri)
+@stage(
+    returns=StatisticsRecord,
+    timeout_seconds=24 * 3600,
+    uses=(*_OBSERVED, "stopping_rule"),
+    ignores=("threads",),
+    machine="shared",
+)
+def collect_statistics(model: ModelRecord, draws: CalibrationDraws, *, run: RunContext) -> StatisticsRecord:
+    """Collect the activation histograms of every trial over the drawn images, or until there are enough of them."""
+    store = run.store
     plan = plan_from_file(store.get_path(model.plan))
-    found = _observed(
-        store, model, plan, draws, normalization, stopping=stopping, bins=bins, threads=threads, device=device,
-        what="Calibration images",
-    )  # fmt: skip
+    found = _observed(model, plan, draws, run, stopping=run.stopping_rule, what="Calibration images")
     get_run_logger().info(found.summary)
     for warning in found.draws.warnings[len(draws.warnings) :]:
         get_run_logger().warning(warning)
@@ -56,31 +50,24 @@ def collect_statistics(
 
 
 @stage(
-    returns=ArtifactRef, timeout_seconds=None, ignore=("threads",), run_name="collect_shard-{shard}", machine="shared"
+    returns=ArtifactRef,
+    timeout_seconds=None,
+    uses=_OBSERVED,
+    ignores=("threads",),
+    run_name="collect_shard-{shard}",
+    machine="shared",
 )
 def collect_shard(
-    model: ModelRecord,
-    draws: CalibrationDraws,
-    normalization: Normalization,
-    shard: int,
-    *,
-    shards: int,
-    bins: int,
-    threads: int,
-    device: str = "",
-    run: RunContext,
+    model: ModelRecord, draws: CalibrationDraws, shard: int, shards: int, *, run: RunContext
 ) -> ArtifactRef:
     """Collect the statistics of every trial over one of `shards` parts of the drawn images; see `collect_statistics`.
 
     Reads the store alone, so that it can run on any machine that sees it.
     """
-    store = open_store(run.store_uri)
+    store = run.store
     plan = plan_from_file(store.get_path(model.plan))
     part = replace(draws, indices=draws_of_shard(draws.indices, shard=shard, shards=shards))
-    found = _observed(
-        store, model, plan, part, normalization, stopping=None, bins=bins, threads=threads, device=device,
-        what=f"Images of shard {shard}",
-    )  # fmt: skip
+    found = _observed(model, plan, part, run, stopping=None, what=f"Images of shard {shard}")
     get_run_logger().info("Collected shard %d of %d: %d histograms", shard, shards, len(plan.activations))
     return store.put_bytes(bytes_from_shard(found.trials), f"shard-{shard}.npz")
 
@@ -90,7 +77,7 @@ def merge_statistics(
     shards: Sequence[ArtifactRef], model: ModelRecord, draws: CalibrationDraws, *, run: RunContext
 ) -> StatisticsRecord:
     """Put the shards together; the record and its objects have the bytes that `collect_statistics` gives them."""
-    store = open_store(run.store_uri)
+    store = run.store
     plan = plan_from_file(store.get_path(model.plan))
     trials = merge_shards(store.get_bytes(shard) for shard in shards)
     get_run_logger().info(
@@ -101,32 +88,38 @@ def merge_statistics(
 
 
 def _observed(
-    store: Store,
     model: ModelRecord,
     plan: PlacementPlan,
     draws: CalibrationDraws,
-    normalization: Normalization,
+    run: RunContext,
     *,
     stopping: StoppingRule | None,
-    bins: int,
-    threads: int,
-    device: str,
     what: str,
 ) -> CollectedTrials:
-    """The statistics of every trial over its drawn images, on the engine or on a torch device."""
+    """The statistics of every trial over its drawn images, on the engine, or on a torch device but for ONNX files."""
+    store = run.store
     on_device = None
-    if device and model.source == "torch":
+    if run.device and model.source == "torch":
         observed = observed_model(
             store.get_path(model.weights), plan=plan, name=model.name, num_classes=model.num_classes,
             input_shape=model.input_shape,
         )  # fmt: skip
-        on_device = ObservedOnDevice(observed, device)
+        on_device = ObservedOnDevice(observed, run.device)
     return trials_from_files(
-        observed_onnx=store.get_path(model.observed_onnx), plan=plan, pixels=store.get_path(draws.prepared.pixels),
-        labels=store.get_path(draws.prepared.labels), files=store.get_path(draws.prepared.sha256_of_files),
-        draws=draws, class_names=model.class_names, stopping=stopping, mean=normalization.mean, std=normalization.std,
-        bins=bins, threads=threads, on_device=on_device, progress=progress_logger(what),
-    )  # fmt: skip
+        observed_onnx=store.get_path(model.observed_onnx),
+        plan=plan,
+        pixels=store.get_path(draws.prepared.pixels),
+        labels=store.get_path(draws.prepared.labels),
+        files=store.get_path(draws.prepared.sha256_of_files),
+        draws=draws,
+        class_names=model.class_names,
+        stopping=stopping,
+        **run.normalization.model_dump(),
+        bins=run.config.calibration.bins,
+        threads=run.threads,
+        on_device=on_device,
+        progress=progress_logger(what),
+    )
 
 
 def _record(
@@ -145,7 +138,7 @@ def correct_biases(
     channel_means: ArtifactRef, model: ModelRecord, template: ArtifactRef, trial: int, *, run: RunContext
 ) -> ArtifactRef:
     """Compute the biases that undo the mean error of rounded weights, from one trial's images."""
-    store = open_store(run.store_uri)
+    store = run.store
     biases = corrected_biases(
         store.get_path(template),
         plan=plan_from_file(store.get_path(model.plan)),

@@ -10,8 +10,8 @@ from ptq.config import EngineConfig, Precision
 from ptq.engines import int8_share, open_engine
 from ptq.records.base import ArtifactRef, digest
 from ptq.records.graph import EngineIdentity, EngineRecord
-from ptq.storage.store import open_store
-from tasks.runtime.stage import RunContext, stage
+from tasks.runtime.context import RunContext
+from tasks.runtime.stage import stage
 
 
 @task(timeout_seconds=120, cache_policy=NO_CACHE)
@@ -28,23 +28,27 @@ def list_precisions(engine: EngineConfig, identity: EngineIdentity) -> list[Prec
     return list(open_engine(identity.name, threads=engine.threads).precisions())
 
 
-@stage(returns=EngineRecord, timeout_seconds=3600, run_name="build_engine-{precision}-{batch_size}")
+@stage(
+    returns=EngineRecord,
+    timeout_seconds=3600,
+    uses=("identity", "threads"),
+    run_name="build_engine-{precision}-{batch_size}",
+)
 def build_engine(
     graph: ArtifactRef,
     precision: Precision,
     batch_size: int,
-    *,
-    threads: int,
     float_remainder: Literal["fp32", "bf16"],
-    identity: EngineIdentity,
+    *,
     run: RunContext,
 ) -> EngineRecord:
     """Build a graph for the engine and record what each layer runs in.
 
-    The timing cache is no input of the stage: it makes the same build quicker.
+    `float_remainder` is the precision of what stays in float in an INT8 graph. The timing cache is no input of the
+    stage: it makes the same build quicker.
     """
-    store, machine = open_store(run.store_uri), digest(identity)
-    engine = open_engine(identity.name, threads=threads, timing_cache=store.recall("timing_cache", machine))
+    store, machine = run.store, digest(run.identity)
+    engine = open_engine(run.identity.name, threads=run.threads, timing_cache=store.recall("timing_cache", machine))
     built = engine.build(
         store.get_path(graph), precision=precision, batch_size=batch_size, float_remainder=float_remainder
     )
@@ -56,7 +60,7 @@ def build_engine(
         precision, batch_size, built.build_s, share.int8_input_percent, share.layers, share.int8_output_percent,
     )  # fmt: skip
     return EngineRecord(
-        engine=identity,
+        engine=run.identity,
         precision=precision,
         batch_size=batch_size,
         onnx_sha256=graph.sha256,

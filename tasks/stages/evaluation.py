@@ -4,10 +4,10 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from prefect.logging import get_run_logger
 
-from ptq.config import Dialect, EngineConfig, Normalization, Precision
 from ptq.engines import open_engine
 from ptq.evaluation.evaluate import Evaluation, evaluate_graph, split_images_from_files
 from ptq.evaluation.predictions import tables_from_parquet
@@ -19,33 +19,29 @@ from ptq.records.base import ArtifactRef
 from ptq.records.calibration import AmaxRecord
 from ptq.records.data import PreparedImages
 from ptq.records.evaluation import EvaluationRecord, Selection
-from ptq.records.graph import EngineIdentity
 from ptq.records.plan import ModelRecord
-from ptq.storage.store import Store, open_store
+from ptq.storage.store import Store
+from tasks.runtime.context import RunContext
 from tasks.runtime.progress import progress_logger
-from tasks.runtime.stage import RunContext, stage
+from tasks.runtime.stage import stage
+
+# How a graph is evaluated, whichever it is.
+_USED = ("config.engine.evaluation_batch_size", "identity", "normalization", "threads")
 
 
-@stage(returns=EvaluationRecord, timeout_seconds=4 * 3600, machine="shared")
+@stage(returns=EvaluationRecord, timeout_seconds=4 * 3600, uses=_USED, machine="shared")
 def evaluate_baseline(
-    fp32_onnx: ArtifactRef,
-    splits: Mapping[str, PreparedImages],
-    normalization: Normalization,
-    *,
-    engine: EngineConfig,
-    identity: EngineIdentity,
-    run: RunContext,
+    fp32_onnx: ArtifactRef, splits: Mapping[str, PreparedImages], *, run: RunContext
 ) -> EvaluationRecord:
     """Evaluate FP32 on the engine."""
-    store = open_store(run.store_uri)
-    graph = store.get_path(fp32_onnx)
-    found = _evaluate(store, graph, "fp32", splits, normalization, engine, identity, None, what="FP32 images")
-    return _record(store, found, candidate="fp32", amax=None)
+    found = _evaluate(run.store.get_path(fp32_onnx), "fp32", splits, None, run, what="FP32 images")
+    return _record(run.store, found, candidate="fp32", amax=None)
 
 
 @stage(
     returns=EvaluationRecord,
     timeout_seconds=None,
+    uses=(*_USED, "config.engine.float_remainder", "dialect"),
     run_name="evaluate-{amax.method}-{amax.trial}",
     machine="shared",
 )
@@ -55,29 +51,23 @@ def evaluate(
     amax: AmaxRecord,
     baseline: EvaluationRecord,
     splits: Mapping[str, PreparedImages],
-    normalization: Normalization,
     *,
-    engine: EngineConfig,
-    identity: EngineIdentity,
-    dialect: Dialect,
     run: RunContext,
 ) -> EvaluationRecord:
     """Evaluate the INT8 graph of one amax table on the engine."""
-    store = open_store(run.store_uri)
-    reference = store.get_path(baseline.logits)
+    store = run.store
     with tempfile.TemporaryDirectory() as directory:
         graph = Path(directory) / "candidate.onnx"
         write_candidate(
             store.get_path(template),
             graph,
             plan=plan_from_file(store.get_path(model.plan)),
-            dialect=dialect,
+            dialect=run.dialect,
             activation_amax=json.loads(store.get_bytes(amax.table)),
             biases=arrays_from_npz(store.get_path(amax.biases)) if amax.biases else None,
             metadata={},
         )
-        what = f"{amax.method}-{amax.trial} images"
-        found = _evaluate(store, graph, "int8", splits, normalization, engine, identity, reference, what=what)
+        found = _evaluate(graph, "int8", splits, baseline, run, what=f"{amax.method}-{amax.trial} images")
     for metrics in found.splits:
         get_run_logger().info(
             "%s-%d on %s: top-1 %.2f %%, agreement with FP32 %.2f %%, SQNR %.1f dB",
@@ -86,46 +76,30 @@ def evaluate(
     return _record(store, found, candidate=f"{amax.method}-{amax.trial}", amax=amax)
 
 
-@stage(returns=EvaluationRecord, timeout_seconds=4 * 3600, machine="shared")
+@stage(
+    returns=EvaluationRecord,
+    timeout_seconds=4 * 3600,
+    uses=(*_USED, "config.engine.float_remainder"),
+    machine="shared",
+)
 def evaluate_published(
-    onnx: ArtifactRef,
-    baseline: EvaluationRecord,
-    splits: Mapping[str, PreparedImages],
-    normalization: Normalization,
-    *,
-    engine: EngineConfig,
-    identity: EngineIdentity,
-    run: RunContext,
+    onnx: ArtifactRef, baseline: EvaluationRecord, splits: Mapping[str, PreparedImages], *, run: RunContext
 ) -> EvaluationRecord:
     """Evaluate the graph of the version in service on today's images and engine."""
-    store = open_store(run.store_uri)
-    reference = store.get_path(baseline.logits)
-    found = _evaluate(
-        store,
-        store.get_path(onnx),
-        "int8",
-        splits,
-        normalization,
-        engine,
-        identity,
-        reference,
-        what="Images in service",
-    )
-    return _record(store, found, candidate="in service", amax=None)
+    found = _evaluate(run.store.get_path(onnx), "int8", splits, baseline, run, what="Images in service")
+    return _record(run.store, found, candidate="in service", amax=None)
 
 
 def _evaluate(
-    store: Store,
     graph: Path,
-    precision: Precision,
+    precision: Literal["fp32", "int8"],
     splits: Mapping[str, PreparedImages],
-    normalization: Normalization,
-    engine: EngineConfig,
-    identity: EngineIdentity,
-    reference: Path | None,
+    baseline: EvaluationRecord | None,
+    run: RunContext,
     *,
     what: str,
 ) -> Evaluation:
+    store = run.store
     images = [
         split_images_from_files(
             split,
@@ -137,14 +111,15 @@ def _evaluate(
     ]
     return evaluate_graph(
         graph,
-        engine=open_engine(identity.name, threads=engine.threads),
+        engine=open_engine(run.identity.name, threads=run.threads),
         precision=precision,
-        batch_size=engine.evaluation_batch_size,
-        float_remainder=engine.float_remainder,
+        batch_size=run.config.engine.evaluation_batch_size,
+        # It means something to an INT8 graph alone.
+        float_remainder=run.config.engine.float_remainder if precision == "int8" else "fp32",
         splits=images,
-        mean=normalization.mean,
-        std=normalization.std,
-        reference_logits=arrays_from_npz(reference) if reference else None,
+        mean=run.normalization.mean,
+        std=run.normalization.std,
+        reference_logits=arrays_from_npz(store.get_path(baseline.logits)) if baseline else None,
         progress=progress_logger(what),
     )
 
@@ -160,18 +135,16 @@ def _record(store: Store, found: Evaluation, *, candidate: str, amax: AmaxRecord
     )
 
 
-@stage(returns=Selection, timeout_seconds=600)
+@stage(returns=Selection, timeout_seconds=600, uses=("config.data.test_split", "selection_split"))
 def select_candidate(
     candidates: Sequence[EvaluationRecord],
     tables: Sequence[AmaxRecord],
     baseline: EvaluationRecord,
     *,
-    selection_split: str,
-    test_split: str,
     run: RunContext,
 ) -> Selection:
     """Choose the best candidate on the selection split and compare it with FP32 on the test split."""
-    store = open_store(run.store_uri)
+    store, selection_split, test_split = run.store, run.selection_split, run.config.data.test_split
     best = rank_candidates(candidates, selection_split=selection_split)[0]
     images = compared_images(
         tables_from_parquet(store.get_path(baseline.predictions)),

@@ -16,14 +16,14 @@ from ptq.records.base import ArtifactRef
 from ptq.records.calibration import AmaxRecord
 from ptq.records.graph import GraphRecord
 from ptq.records.plan import ModelRecord
-from ptq.storage.store import open_store
-from tasks.runtime.stage import RunContext, stage
+from tasks.runtime.context import StageContext
+from tasks.runtime.stage import stage
 
 
 @stage(returns=ArtifactRef, timeout_seconds=1800)
-def export_qdq(model: ModelRecord, *, weight_method: WeightMethod, run: RunContext) -> ArtifactRef:
+def export_qdq(model: ModelRecord, weight_method: WeightMethod, *, run: StageContext) -> ArtifactRef:
     """Write the Q/DQ template of every candidate: the fake-quantized model, or an ONNX file's graph with pairs."""
-    store = open_store(run.store_uri)
+    store = run.store
     weights, plan = store.get_path(model.weights), plan_from_file(store.get_path(model.plan))
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "template.onnx"
@@ -41,13 +41,13 @@ def export_qdq(model: ModelRecord, *, weight_method: WeightMethod, run: RunConte
 
 @stage(returns=GraphRecord, timeout_seconds=600, run_name="write_graph-{dialect}")
 def write_graph(
-    model: ModelRecord, template: ArtifactRef, amax: AmaxRecord, *, dialect: Dialect, name: str, run: RunContext
+    model: ModelRecord, template: ArtifactRef, amax: AmaxRecord, dialect: Dialect, *, run: StageContext
 ) -> GraphRecord:
-    """Write the Q/DQ graph of one amax table in one dialect."""
-    store = open_store(run.store_uri)
+    """Write the Q/DQ graph of one amax table in one dialect, under the dialect's name."""
+    store = run.store
     plan = plan_from_file(store.get_path(model.plan))
     with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / name
+        path = Path(directory) / f"{dialect}.onnx"
         write_candidate(
             store.get_path(template),
             path,

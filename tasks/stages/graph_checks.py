@@ -8,14 +8,14 @@ from ptq.checks.run import check_graph
 from ptq.quantization.prepared import plan_from_file
 from ptq.records.graph import GraphChecks, GraphRecord
 from ptq.records.plan import ModelRecord
-from ptq.storage.store import open_store
-from tasks.runtime.stage import RunContext, stage
+from tasks.runtime.context import StageContext
+from tasks.runtime.stage import stage
 
 
 @stage(returns=GraphChecks, timeout_seconds=600, run_name="validate_graph-{graph.dialect}")
-def validate_graph(model: ModelRecord, graph: GraphRecord, *, run: RunContext) -> GraphChecks:
+def validate_graph(model: ModelRecord, graph: GraphRecord, *, run: StageContext) -> GraphChecks:
     """Check coverage, scales, placement and interface of a Q/DQ graph."""
-    store = open_store(run.store_uri)
+    store = run.store
     plan = plan_from_file(store.get_path(model.plan))
     checks = check_graph(
         store.get_path(graph.onnx),

@@ -8,8 +8,7 @@ from pathlib import Path
 from prefect.logging import get_run_logger
 
 from ptq.calibration.calibrate import RANGE_IMAGES, ranges_from_files
-from ptq.config import ModelConfig, Normalization, QuantizationConfig
-from ptq.data.remote_inputs import Inputs, checkpoint_file, is_remote
+from ptq.data.remote_inputs import Inputs, checkpoint_file
 from ptq.graph.source import source_digest
 from ptq.networks.checkpoint import model_sources
 from ptq.networks.factory import factory_digest
@@ -18,42 +17,42 @@ from ptq.quantization.prepare_torch import equalize_model, prepare_torch_model
 from ptq.quantization.prepared import plan_from_file
 from ptq.records.calibration import CalibrationDraws
 from ptq.records.plan import ModelRecord
-from ptq.storage.store import open_store
-from tasks.runtime.stage import RunContext, stage
+from ptq.uris import is_remote
+from tasks.runtime.context import RunContext
+from tasks.runtime.stage import stage
 
 
-def _sources(model: ModelConfig, run: RunContext) -> list[str]:
+def _sources(run: RunContext) -> list[str]:
     """The name of a model and the digests of what it is made from, wherever that lies.
 
     A checkpoint in S3 that was read before is not read again for its digest.
     """
+    model = run.config.model
     if is_remote(model.checkpoint):
-        sha256 = Inputs(open_store(run.store_uri)).checkpoint_digest(model.checkpoint)
+        sha256 = Inputs(run.store).checkpoint_digest(model.checkpoint)
         return [model.name, sha256, *([] if model.is_onnx else [factory_digest(model.name)])]
     checkpoint = Path(model.checkpoint)
     return [model.name, *([source_digest(checkpoint)] if model.is_onnx else model_sources(model.name, checkpoint))]
 
 
-@stage(returns=ModelRecord, timeout_seconds=1800, ignore=("model",), reads=_sources)
-def prepare_model(
-    model: ModelConfig,
-    placement: QuantizationConfig,
-    *,
-    class_names: tuple[str, ...],
-    has_named_classes: bool,
-    input_shape: tuple[int, int, int],
-    run: RunContext,
-) -> ModelRecord:
+@stage(
+    returns=ModelRecord,
+    timeout_seconds=1800,
+    uses=("config.quantization.placement", "input_shape"),
+    ignores=("config.model",),
+    reads=_sources,
+)
+def prepare_model(class_names: tuple[str, ...], has_named_classes: bool, *, run: RunContext) -> ModelRecord:
     """Load the checkpoint or the ONNX file, fold BatchNorm and decide where quantizers go."""
-    store = open_store(run.store_uri)
+    store, model = run.store, run.config.model
     prepare = prepare_onnx_model if model.is_onnx else partial(prepare_torch_model, name=model.name)
     with checkpoint_file(model.checkpoint, store) as checkpoint, tempfile.TemporaryDirectory() as directory:
         prepared = prepare(
             checkpoint=checkpoint,
             class_count=len(class_names),
             has_named_classes=has_named_classes,
-            input_shape=input_shape,
-            quantization=placement,
+            input_shape=run.input_shape,
+            quantization=run.config.quantization.placement,
             directory=Path(directory),
         )
         files = {name: store.put_file(path) for name, path in prepared.files.items()}
@@ -67,7 +66,7 @@ def prepare_model(
     return ModelRecord(
         name=model.name,
         checkpoint_sha256=prepared.checkpoint_sha256,
-        input_shape=input_shape,
+        input_shape=run.input_shape,
         num_classes=prepared.num_classes,
         class_names=class_names,
         warnings=prepared.warnings,
@@ -76,21 +75,15 @@ def prepare_model(
     )
 
 
-@stage(returns=ModelRecord, timeout_seconds=3600, ignore=("threads",))
+@stage(returns=ModelRecord, timeout_seconds=3600, uses=("normalization",), ignores=("threads",))
 def equalize_channels(
-    model: ModelRecord,
-    reference: ModelRecord,
-    draws: CalibrationDraws,
-    normalization: Normalization,
-    *,
-    threads: int,
-    run: RunContext,
+    model: ModelRecord, reference: ModelRecord, draws: CalibrationDraws, *, run: RunContext
 ) -> ModelRecord:
     """Scale channels against the layers around them, by the ranges that `reference` shows on drawn images.
 
     A PyTorch network that cannot be traced comes back as it is.
     """
-    store = open_store(run.store_uri)
+    store = run.store
     plan = plan_from_file(store.get_path(reference.plan))
     if not plan.traced:
         return model
@@ -99,9 +92,9 @@ def equalize_channels(
         plan=plan,
         pixels=store.get_path(draws.prepared.pixels),
         images=RANGE_IMAGES,
-        mean=normalization.mean,
-        std=normalization.std,
-        threads=threads,
+        mean=run.normalization.mean,
+        std=run.normalization.std,
+        threads=run.threads,
     )
     equalize = partial(
         equalize_model, name=model.name, num_classes=model.num_classes, input_shape=model.input_shape

@@ -9,7 +9,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
-from ptq.config import GateConfig, PtqConfig
+from ptq.config import PtqConfig
 from ptq.evaluation import gate
 from ptq.records.base import ArtifactRef
 from ptq.records.benchmark import BenchmarkRecord
@@ -18,7 +18,8 @@ from ptq.records.evaluation import Selection
 from ptq.records.graph import GraphChecks
 from ptq.report.deliver import build_report, check_output_directory, deliver, lineage
 from ptq.storage.store import open_store
-from tasks.runtime.stage import RunContext, stage
+from tasks.runtime.context import RunContext
+from tasks.runtime.stage import stage
 
 
 @task(timeout_seconds=60, cache_policy=NO_CACHE)
@@ -29,23 +30,23 @@ def check_destinations(config: PtqConfig) -> None:
     get_run_logger().info("Store %s, output folder %s", store.uri, Path(config.output.directory).absolute())
 
 
-@stage(returns=GateDecision, timeout_seconds=60)
+@stage(
+    returns=GateDecision,
+    timeout_seconds=60,
+    uses=("config.gate.max_drop_pp", "config.gate.min_speedup_fp16", "config.gate.min_speedup_fp32"),
+)
 def decide(
-    selection: Selection,
-    benchmark: BenchmarkRecord,
-    checks: Sequence[GraphChecks],
-    config: GateConfig,
-    *,
-    run: RunContext,
+    selection: Selection, benchmark: BenchmarkRecord, checks: Sequence[GraphChecks], *, run: RunContext
 ) -> GateDecision:
     """Accept or reject the chosen candidate."""
+    limits = run.config.gate
     decision = gate.decide(
         comparison=selection.comparison,
         benchmark=benchmark,
         graph_errors=sum(check.errors for check in checks),
-        max_drop_pp=config.max_drop_pp,
-        min_speedup_fp32=config.min_speedup_fp32,
-        min_speedup_fp16=config.min_speedup_fp16,
+        max_drop_pp=limits.max_drop_pp,
+        min_speedup_fp32=limits.min_speedup_fp32,
+        min_speedup_fp16=limits.min_speedup_fp16,
     )
     log = get_run_logger().info if decision.accepted else get_run_logger().warning
     log("%s: %s", "Accepted" if decision.accepted else "Rejected", " ".join(decision.reasons))
@@ -53,11 +54,11 @@ def decide(
 
 
 @task(timeout_seconds=300, cache_policy=NO_CACHE)
-def publish(findings: RunFindings, config: PtqConfig, *, run: RunContext) -> Publication:
+def publish(findings: RunFindings, *, run: RunContext) -> Publication:
     """Move `models/<name>/latest.json` to the accepted graph; a graph that is latest already stays."""
-    store = open_store(run.store_uri)
-    version, name = findings.graphs[0].onnx.sha256[:16], config.model.published_name
-    entry = lineage(store, config, findings, run_id=run.run_id)
+    store = run.store
+    version, name = findings.graphs[0].onnx.sha256[:16], run.config.model.published_name
+    entry = lineage(store, run.config, findings, run_id=run.run_id)
     entry["published_at"] = datetime.now(UTC).isoformat(timespec="seconds")
     latest = store.latest(name)
     is_new = latest is None or latest["version"] != version
@@ -67,9 +68,9 @@ def publish(findings: RunFindings, config: PtqConfig, *, run: RunContext) -> Pub
 
 
 @task(timeout_seconds=600, cache_policy=NO_CACHE)
-def write_report(config: PtqConfig, findings: RunFindings, *, run: RunContext) -> RunResult:
+def write_report(findings: RunFindings, *, run: RunContext) -> RunResult:
     """Write verdict, report, tables and graphs into the output folder and show them on the run's page."""
-    store = open_store(run.store_uri)
+    store, config = run.store, run.config
     report = build_report(store, config, findings, run_id=run.run_id)
     verdict: ArtifactRef = deliver(store, config, findings, report)
     create_markdown_artifact(key="ptq-verdict", markdown=report.page_markdown, description="Verdict and report")

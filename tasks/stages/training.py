@@ -12,9 +12,9 @@ from ptq.config import TrainingConfig
 from ptq.files import write_file
 from ptq.networks.training import train_from_files, training_sources
 from ptq.records.data import DataRecord, PreparedImages, TrainingRecord
-from ptq.storage.store import open_store
+from tasks.runtime.context import StageContext
 from tasks.runtime.progress import progress_logger
-from tasks.runtime.stage import RunContext, stage
+from tasks.runtime.stage import stage
 
 
 def _settings(config: TrainingConfig, data: DataRecord) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def _settings(config: TrainingConfig, data: DataRecord) -> dict[str, Any]:
 
 
 @stage(
-    returns=TrainingRecord, timeout_seconds=7 * 24 * 3600, ignore=("config", "data", "threads"), reads=_settings,
+    returns=TrainingRecord, timeout_seconds=7 * 24 * 3600, ignores=("config", "data", "threads"), reads=_settings,
     reads_until="begun",
 )  # fmt: skip
 def train_classifier(
@@ -41,10 +41,10 @@ def train_classifier(
     held_out: PreparedImages | None,
     *,
     threads: int,
-    run: RunContext,
+    run: StageContext,
 ) -> TrainingRecord:
     """Train an FP32 classifier on the calibration split, watching the selection split."""
-    store = open_store(run.store_uri)
+    store = run.store
     advance = progress_logger("Epochs")
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / Path(config.output).name
@@ -63,7 +63,7 @@ def train_classifier(
 
 
 @task(timeout_seconds=600, cache_policy=NO_CACHE)
-def deliver_checkpoint(record: TrainingRecord, output: str, *, run: RunContext) -> None:
+def deliver_checkpoint(record: TrainingRecord, output: str, *, run: StageContext) -> None:
     """Write the trained checkpoint to its output file, complete or not at all."""
-    write_file(Path(output), open_store(run.store_uri).get_bytes(record.checkpoint))
+    write_file(Path(output), run.store.get_bytes(record.checkpoint))
     get_run_logger().info("Wrote %s, %d bytes", output, record.checkpoint.size_bytes)

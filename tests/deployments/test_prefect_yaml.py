@@ -20,7 +20,8 @@ from prefect.states import Crashed, Pending, Running
 from prefect.utilities.schema_tools import validate
 
 from deployments import bootstrap
-from ptq.config import PtqConfig, load_yaml
+from ptq.config import PtqConfig
+from ptq.config_file import load_yaml
 
 ROOT = Path(__file__).parents[2]
 CONTENT = yaml.safe_load((ROOT / "prefect.yaml").read_text())

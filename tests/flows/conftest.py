@@ -1,10 +1,14 @@
 """Fixtures of the tests that run whole flows."""
 
+import sys
+
 import networks
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from flows import cli
 
 
 def pixels_of(folder):
@@ -30,3 +34,24 @@ def trained(image_folder):
         torch.nn.functional.cross_entropy(network(inputs), labels).backward()
         optimizer.step()
     return network.eval().state_dict()
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, prefect_backend):
+    """Runs the command in this process and returns exit code, standard output and standard error."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["ptq", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint") / "small.pth"
+    torch.save(networks.small_resnet().state_dict(), path)
+    return path

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import networks
 import onnx
 import pytest
@@ -11,10 +13,11 @@ from ptq.config import LabelledMethod, PtqConfig
 from ptq.records.verdict import Verdict
 from ptq.report.terminal import tables_of_verdict
 from ptq.storage.store import open_store
-from tasks.runtime.stage import RunContext
+from tasks.runtime.context import RunContext
 from tasks.stages.amax import compute_amax
 from tasks.stages.calibration import collect_statistics
 from tasks.stages.data import draw_calibration_images, index_images
+from tasks.stages.engine import resolve_engine
 from tasks.stages.fallback import carry_amax
 from tasks.stages.model import prepare_model
 
@@ -205,38 +208,28 @@ def test_a_model_rejected_for_its_speed_is_not_tried_again(checkpoints, image_fo
     assert not FALLBACK_STAGES & set(stages(notes))
 
 
+def with_pools(run, pools):
+    quantization = run.config.quantization.model_copy(update={"pools": pools})
+    return replace(run, config=run.config.model_copy(update={"quantization": quantization}))
+
+
 @flow
 def carry(config, *, pools_before):
     """Carry the amax of max from a model with or without quantized pools over to one with them."""
-    run, data_config = RunContext(config.output.store, "carry"), config.data
-    calibration, normalization = config.calibration, data_config.preprocessing.normalization
-    data = index_images(data_config.path, calibration_split="train", selection_split="val", test_split="test", run=run)
-    draws = draw_calibration_images(
-        data, data_config.preprocessing.decoding, images=calibration.images, trials=calibration.trials,
-        seed=calibration.seed, is_ordered=False, split="train", evaluated_splits=("test",), run=run,
-    )  # fmt: skip
+    identity = resolve_engine(config.engine)
+    run = RunContext(config.output.store, "carry", config, identity, ("fp32", "int8"), selection_split="test")
+    data = index_images(config.data.path, config.data.splits, run=run)
+    draws = draw_calibration_images(data, run=run)
     before, after = (
-        prepare_model(
-            config.model,
-            config.quantization.placement.model_copy(update={"pools": pools}),
-            class_names=data.class_names,
-            has_named_classes=data.has_named_classes,
-            input_shape=(3, 24, 24),
-            run=run,
-        )
+        prepare_model(data.class_names, data.has_named_classes, run=with_pools(run, pools))
         for pools in (pools_before, True)
     )
+    method = LabelledMethod(label="max", method="max")
     tables = [
-        compute_amax(
-            collect_statistics(model, draws, normalization, bins=4096, threads=1, run=run).histograms, model, 0,
-            LabelledMethod(label="max", method="max"), dialect="cpu", run=run,
-        )
+        compute_amax(collect_statistics(model, draws, run=run).histograms, model, 0, method, run=run)
         for model in (before, after)
-    ]  # fmt: skip
-    carried = carry_amax(
-        before, after, tables[0], draws, normalization, method=LabelledMethod(label="max", method="max"),
-        bins=calibration.bins, label="float1", dialect="cpu", threads=1, run=run,
-    )  # fmt: skip
+    ]
+    carried = carry_amax(before, after, tables[0], draws, LabelledMethod(label="max_float1", method="max"), run=run)
     return before.plan.sha256 == after.plan.sha256, tables[1], carried
 
 

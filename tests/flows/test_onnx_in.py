@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 
 import networks
 import onnx
@@ -10,7 +9,6 @@ import onnx_networks
 import pytest
 from pydantic import ValidationError
 
-from flows import cli
 from flows.quantize_model import quantize_model
 from ptq.config import PtqConfig
 from ptq.errors import CheckpointError
@@ -154,20 +152,6 @@ def test_a_model_of_other_classes_is_refused(image_folder, tmp_path):
     onnx_networks.exported(networks.small_resnet(num_classes=7), path)
     with pytest.raises(CheckpointError, match="has 7 outputs, and the data has 4 classes"):
         quantize_model(config_of(path, image_folder, tmp_path))
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, prefect_backend):
-    """Runs the command in this process and returns exit code, standard output and standard error."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["ptq", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 def options(images, directory):

@@ -14,7 +14,7 @@ from prefect.events.filters import EventFilter, EventNameFilter, EventResourceFi
 
 from flows.quantize_checkpoint import quantize_checkpoint
 from ptq.errors import CheckpointError, UsageError
-from ptq.files import file_digest
+from ptq.files import file_sha256
 from ptq.storage.store import open_store
 
 pytestmark = pytest.mark.usefixtures("prefect_backend")
@@ -97,7 +97,7 @@ def test_a_good_checkpoint_is_published_with_an_event_a_worse_one_is_rejected_an
     first = quantize_checkpoint(good, "small", models=str(models), notify=[slug], return_state=True)
     assert (first.name, first.type.value) == ("Published", "COMPLETED")
     again = quantize_checkpoint(
-        good, "small", file_digest(tmp_path / "good.pth"), str(models), [slug], return_state=True
+        good, "small", file_sha256(tmp_path / "good.pth"), str(models), [slug], return_state=True
     )
     assert again.name == "Published"
     (published,) = events_of(model, "model.published", count=1)

@@ -23,7 +23,7 @@ from s3_servers import BUCKET, free_port
 from flows.receiver import receive, receiver_app, receiver_token
 from flows.watch_checkpoints import watch_checkpoints
 from ptq.errors import UsageError
-from ptq.files import file_digest
+from ptq.files import file_sha256
 from tasks.service import watching
 from tasks.service.watching import Inbox
 
@@ -103,7 +103,7 @@ def test_a_notified_checkpoint_becomes_one_event_whoever_else_watches(receiver, 
     assert receiver.ask(body=notification(*keys)) == (202, {"accepted": 1, "ignored": 2})
     (payload,) = payloads(model, count=1)
     assert payload == {
-        "uri": f"{receiver.prefix}/{model}/epoch 7.pth", "model": model, "sha256": file_digest(tmp_path / "a.pth"),
+        "uri": f"{receiver.prefix}/{model}/epoch 7.pth", "model": model, "sha256": file_sha256(tmp_path / "a.pth"),
         "size_bytes": (tmp_path / "a.pth").stat().st_size,
     }  # fmt: skip
     assert watch_checkpoints(receiver.prefix, s3_uri, watch_for_s=0, settle_s=0.2) == 0

@@ -18,7 +18,7 @@ from s3_servers import BUCKET
 from flows import cli
 from flows.watch_checkpoints import watch_checkpoints
 from ptq.errors import ArtifactError
-from ptq.files import file_digest
+from ptq.files import file_sha256
 from tasks.service import announcements
 
 pytestmark = pytest.mark.usefixtures("prefect_backend")
@@ -60,7 +60,7 @@ def test_a_checkpoint_in_the_folder_is_announced_once_and_another_version_again(
     path, store = incoming / model / "epoch7.pth", str(tmp_path / "store")
     torch.save({"weight": torch.ones(3)}, path)
     assert watch_checkpoints(str(incoming), store, **QUICKLY) == 1
-    first = {"uri": str(path), "model": model, "sha256": file_digest(path), "size_bytes": path.stat().st_size}
+    first = {"uri": str(path), "model": model, "sha256": file_sha256(path), "size_bytes": path.stat().st_size}
     assert payloads(model) == [first]
 
     path.write_bytes(path.read_bytes())
@@ -68,7 +68,7 @@ def test_a_checkpoint_in_the_folder_is_announced_once_and_another_version_again(
 
     torch.save({"weight": torch.zeros(3)}, path)
     assert watch_checkpoints(str(incoming), store, **QUICKLY) == 1
-    assert [payload["sha256"] for payload in payloads(model)] == [file_digest(path), first["sha256"]]
+    assert [payload["sha256"] for payload in payloads(model)] == [file_sha256(path), first["sha256"]]
 
 
 def test_a_half_uploaded_file_is_announced_when_it_is_whole(incoming, model, tmp_path):
@@ -98,7 +98,7 @@ def test_a_checkpoint_in_a_bucket_is_announced_once(s3_server, s3_uri, model, tm
         assert watch_checkpoints(f"s3://{BUCKET}/{folder}", s3_uri, **QUICKLY) == expected
     (payload,) = payloads(model)
     assert payload["uri"] == f"s3://{BUCKET}/{folder}/{model}/epoch 7.pth"
-    assert payload["sha256"] == file_digest(tmp_path / "a.pth")
+    assert payload["sha256"] == file_sha256(tmp_path / "a.pth")
 
 
 @pytest.mark.slow

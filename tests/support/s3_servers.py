@@ -4,7 +4,10 @@ moto honours conditions and accepts any credentials; rclone ignores conditions, 
 credentials. Run as a script, this file is the moto server.
 """
 
+import base64
 import contextlib
+import hashlib
+import io
 import os
 import shutil
 import socket
@@ -129,14 +132,20 @@ def _wait_until_ready(server: S3Server, log: Path) -> None:
     raise RuntimeError(f"{server.kind} does not answer on {server.endpoint}:\n{log.read_text()[-2000:]}")
 
 
-class SerialConditions:
-    """Requests with conditions one after the other: moto checks and stores in two steps, where S3 does it in one."""
+class AsS3:
+    """What S3 does and moto does not: conditions in one step, and no bytes whose MD5 is another than their sender's."""
 
     def __init__(self, application: Any) -> None:
         self._application = application
         self._lock = threading.Lock()
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
+        if "HTTP_CONTENT_MD5" in environ:
+            body = environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))
+            environ["wsgi.input"] = io.BytesIO(body)
+            if base64.b64encode(hashlib.md5(body).digest()).decode() != environ["HTTP_CONTENT_MD5"]:
+                start_response("400 Bad Request", [("Content-Type", "application/xml"), ("Connection", "close")])
+                return [b"<?xml version='1.0'?><Error><Code>BadDigest</Code><Message>Changed.</Message></Error>"]
         is_conditional = environ["REQUEST_METHOD"] == "PUT" and not {"HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH"}.isdisjoint(
             environ
         )
@@ -148,7 +157,7 @@ def _serve_moto(port: int) -> None:
     from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import run_simple
 
-    application = SerialConditions(DomainDispatcherApplication(create_backend_app))
+    application = AsS3(DomainDispatcherApplication(create_backend_app))
     run_simple("127.0.0.1", port, application, threaded=True)
 
 

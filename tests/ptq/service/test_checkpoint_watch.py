@@ -10,7 +10,7 @@ import torch
 from s3_servers import BUCKET
 
 from ptq.errors import ArtifactError, UsageError
-from ptq.files import file_digest
+from ptq.files import file_sha256
 from ptq.service import checkpoint_locations as checkpoint_places
 from ptq.service.checkpoint_locations import is_whole
 from ptq.service.checkpoint_watch import CheckpointWatch, model_of, watched_prefix
@@ -137,7 +137,7 @@ def test_a_file_is_handed_out_once_it_was_seen_twice_and_no_sooner(watch, clock,
     assert polled(watch, clock, after=4.9) == []
     (found,) = polled(watch, clock, after=0.1)
     assert (found.uri, found.model, found.size_bytes) == (str(path), "digits", path.stat().st_size)
-    assert found.sha256 == file_digest(path)
+    assert found.sha256 == file_sha256(path)
     assert polled(watch, clock) == [found]
     watch.note_announced(found)
     assert polled(watch, clock) == []
@@ -214,21 +214,21 @@ def test_a_file_that_changes_while_it_is_read_waits(watch, clock, incoming, monk
     path = saved(incoming / "digits" / "a.onnx")
 
     def digest_of_growing(file):
-        found = file_digest(file)
+        found = file_sha256(file)
         file.write_bytes(file.read_bytes() + b"more")
         return found
 
     polled(watch, clock)
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint_places, "file_digest", digest_of_growing)
+        patched.setattr(checkpoint_places, "file_sha256", digest_of_growing)
         assert polled(watch, clock) == []
     assert polled(watch, clock) == []
-    assert [each.sha256 for each in polled(watch, clock)] == [file_digest(path)]
+    assert [each.sha256 for each in polled(watch, clock)] == [file_sha256(path)]
 
 
 def test_a_file_that_nobody_touched_is_read_once_over_restarts(incoming, clock, tmp_path, monkeypatch):
     read = []
-    monkeypatch.setattr(checkpoint_places, "file_digest", lambda path: read.append(path.name) or file_digest(path))
+    monkeypatch.setattr(checkpoint_places, "file_sha256", lambda path: read.append(path.name) or file_sha256(path))
     saved(incoming / "digits" / "a.pth")
     saved(incoming / "digits" / "b.pth")
     watch = watch_of(incoming, clock, tmp_path)
@@ -256,7 +256,7 @@ def test_what_two_watches_found_out_at_once_is_kept_of_both(incoming, clock, tmp
     polled(other, clock)
     polled(other, clock)
     other.save()
-    monkeypatch.setattr(checkpoint_places, "file_digest", lambda path: pytest.fail(f"{path} was read again"))
+    monkeypatch.setattr(checkpoint_places, "file_sha256", lambda path: pytest.fail(f"{path} was read again"))
     (left,) = polled(watch_of(incoming, clock, tmp_path), clock)
     assert left.uri.endswith("b.pth")
 
@@ -283,11 +283,11 @@ def test_a_file_that_cannot_be_read_is_tried_again_later_and_keeps_no_other_back
     def digest_or_refusal(path):
         if path.name == "a.pth":
             raise PermissionError(13, "Permission denied")
-        return file_digest(path)
+        return file_sha256(path)
 
     polled(watch, clock)
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint_places, "file_digest", digest_or_refusal)
+        patched.setattr(checkpoint_places, "file_sha256", digest_or_refusal)
         assert [each.uri[-5:] for each in polled(watch, clock)] == ["b.pth"]
         assert [each.uri[-5:] for each in polled(watch, clock)] == ["b.pth"]
     assert caplog.text.count("a.pth cannot be read: Permission denied") == 1
@@ -359,7 +359,7 @@ def test_checkpoints_in_a_bucket_are_found_by_content_and_read_once(s3_server, c
     assert polled(watch, clock) == []
     (found,) = polled(watch, clock)
     assert (found.uri, found.model) == (f"s3://{BUCKET}/{folder}/in/digits/a b.pth", "digits")
-    assert (found.sha256, found.size_bytes) == (file_digest(tmp_path / "a.pth"), len(whole))
+    assert (found.sha256, found.size_bytes) == (file_sha256(tmp_path / "a.pth"), len(whole))
     watch.note_announced(found)
     assert polled(watch, clock) == []
     watch.save()

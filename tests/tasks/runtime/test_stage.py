@@ -1,13 +1,20 @@
+import importlib
 from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from prefect import Task
 
+from ptq.config import PtqConfig
 from ptq.errors import ArtifactError, CalibrationError
 from ptq.records.base import ArtifactRef
+from ptq.records.graph import EngineIdentity
 from ptq.storage.store import open_store
+from tasks.runtime.context import RunContext, StageContext, value_of
 from tasks.runtime.retries import is_transient
-from tasks.runtime.stage import RunContext, stage
+from tasks.runtime.stage import stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,12 +23,13 @@ class Doubled:
     blob: ArtifactRef
 
 
+STAGES = Path(__file__).resolve().parents[3] / "tasks" / "stages"
 calls: list[int] = []
 outside = {"content": "a"}
 
 
-@stage(returns=Doubled, timeout_seconds=10, ignore=("threads",), reads=lambda value: [value, outside["content"]])
-def double(value: int, *, threads: int = 1, run: RunContext) -> Doubled:
+@stage(returns=Doubled, timeout_seconds=10, ignores=("threads",), reads=lambda value: [value, outside["content"]])
+def double(value: int, *, threads: int = 1, run: StageContext) -> Doubled:
     """Double a number and store it."""
     calls.append(value)
     return Doubled(2 * value, open_store(run.store_uri).put_bytes(str(2 * value).encode(), "doubled.txt"))
@@ -31,7 +39,7 @@ def double(value: int, *, threads: int = 1, run: RunContext) -> Doubled:
 def run(tmp_path):
     calls.clear()
     outside["content"] = "a"
-    return RunContext(store_uri=str(tmp_path / "store"), run_id="run-1")
+    return StageContext(store_uri=str(tmp_path / "store"), run_id="run-1")
 
 
 def test_a_stage_runs_once_for_the_same_inputs(run):
@@ -47,7 +55,7 @@ def test_a_stage_runs_again_for_other_inputs(run):
 
 def test_the_store_and_ignored_arguments_are_no_inputs(run, tmp_path):
     double.fn(3, run=run)
-    double.fn(3, threads=8, run=RunContext(run.store_uri, "run-2"))
+    double.fn(3, threads=8, run=StageContext(run.store_uri, "run-2"))
     assert calls == [3]
 
 
@@ -59,7 +67,7 @@ def test_a_change_outside_the_store_is_seen(run):
 
 
 @stage(returns=Doubled, timeout_seconds=10, reads=lambda value: outside["content"])
-def overtaken(value: int, *, run: RunContext) -> Doubled:
+def overtaken(value: int, *, run: StageContext) -> Doubled:
     """Double a number while somebody replaces what it reads, the first time."""
     calls.append(value)
     outside["content"] = "b"
@@ -98,7 +106,7 @@ def test_a_stage_whose_object_was_lost_runs_again(run):
 
 def test_a_run_notes_what_it_found_and_what_it_computed(run):
     double.fn(3, run=run)
-    double.fn(3, run=RunContext(run.store_uri, "run-2"))
+    double.fn(3, run=StageContext(run.store_uri, "run-2"))
     store = open_store(run.store_uri)
     assert [note["cached"] for note in store.run_stages("run-1")] == [False]
     assert [note["cached"] for note in store.run_stages("run-2")] == [True]
@@ -116,3 +124,61 @@ def test_every_stage_has_a_time_limit_and_its_own_name():
 def test_only_transport_faults_are_worth_another_attempt(error, expected):
     state = SimpleNamespace(result=lambda raise_on_failure: error)
     assert is_transient(None, None, state) is expected
+
+
+CONFIG = PtqConfig.model_validate({"model": {"name": "resnet18", "checkpoint": "a.pth"}, "data": {"path": "images"}})
+
+
+def run_with(tmp_path, **calibration):
+    config = CONFIG.model_copy(update={"calibration": CONFIG.calibration.model_copy(update=calibration)})
+    engine = EngineIdentity(name="openvino", version="1", device="a CPU", threads=0)
+    return RunContext(str(tmp_path / "store"), "run-1", config, engine, ("fp32", "int8"), "val")
+
+
+@stage(returns=Doubled, timeout_seconds=10, uses=("config.calibration.seed", "dialect"), ignores=("threads",))
+def seeded(*, run: RunContext) -> Doubled:
+    """Store the seed."""
+    calls.append(run.config.calibration.seed)
+    return Doubled(run.config.calibration.seed, run.store.put_bytes(f"{run.dialect} {run.threads}".encode(), "a.txt"))
+
+
+def test_a_stage_runs_again_for_another_value_of_a_setting_that_it_uses_and_for_no_other(run, tmp_path):
+    for settings in ({"seed": 0}, {"seed": 1}, {"seed": 1, "images": 9}):
+        seeded.fn(run=run_with(tmp_path, **settings))
+    assert calls == [0, 1]
+
+
+@pytest.mark.parametrize("path", ["config.calibration.images", "config.gate", "identity", "normalization"])
+def test_a_setting_that_a_stage_reads_and_does_not_declare_cannot_reach_it(run, tmp_path, path):
+    @stage(returns=Doubled, timeout_seconds=10, uses=("config.calibration.seed",))
+    def undeclared(*, run: RunContext) -> Doubled:
+        """Read what is not declared."""
+        return Doubled(int(str(attrgetter(path)(run))), run.store.put_bytes(b"", "empty.txt"))
+
+    with pytest.raises(AttributeError, match=rf"Stage undeclared reads {path} of its run, .* add {path} to uses"):
+        undeclared.fn(run=run_with(tmp_path))
+    assert open_store(str(tmp_path / "store")).run_stages("run-1") == []
+
+
+def stages_of_a_run():
+    modules = [importlib.import_module(f"tasks.stages.{path.stem}") for path in STAGES.glob("[a-z]*.py")]
+    found = {name: each for module in modules for name, each in vars(module).items() if isinstance(each, Task)}
+    return {name: each.fn.declared for name, each in found.items() if hasattr(each.fn, "declared")}
+
+
+def test_whatever_a_stage_declares_is_in_the_context_of_a_run_or_an_argument(tmp_path):
+    run, found = run_with(tmp_path), stages_of_a_run()
+    assert len(found) > 20
+    arguments = {"model", "data", "config"}
+    missing = {
+        (name, path) for name, declared in found.items() for path in declared - arguments if not has_path(run, path)
+    }
+    assert missing == set()
+
+
+def has_path(run, path):
+    try:
+        value_of(run, path)
+    except AttributeError:
+        return False
+    return True

@@ -1,12 +1,14 @@
 import pytest
 from prefect.logging import disable_run_logger
 
+from ptq.config import PtqConfig
 from ptq.engines.base import BuiltEngine
 from ptq.records.graph import EngineIdentity, LayerReport
 from ptq.storage.store import open_store
-from tasks.runtime.stage import RunContext
+from tasks.runtime.context import RunContext
 from tasks.stages import engine
 
+CONFIG = PtqConfig.model_validate({"model": {"name": "resnet18", "checkpoint": "a.pth"}, "data": {"path": "images"}})
 IDENTITY = EngineIdentity(name="tensorrt", version="10.16.1", device="a GPU", threads=0)
 
 
@@ -36,10 +38,8 @@ def opened(monkeypatch):
 def build(store, batch_size, identity=IDENTITY):
     graph = open_store(str(store)).put_bytes(b"graph", "model.onnx")
     with disable_run_logger():
-        return engine.build_engine.fn(
-            graph, "int8", batch_size, threads=0, float_remainder="fp32", identity=identity,
-            run=RunContext(store_uri=str(store), run_id="run-1"),
-        )  # fmt: skip
+        run = RunContext(str(store), "run-1", CONFIG, identity, ("fp32", "int8"))
+        return engine.build_engine.fn(graph, "int8", batch_size, "fp32", run=run)
 
 
 def test_the_timing_cache_goes_from_one_build_to_the_next_of_the_same_engine(tmp_path, opened):
