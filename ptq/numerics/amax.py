@@ -7,14 +7,14 @@ pytorch-quantization 2.1.3 does.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 import numba
 import numpy as np
 from jaxtyping import Float, Int
 
-from ptq.config import LabelledMethod, WeightMethod
+from ptq.config import LabelledMethod, Method, WeightMethod
 from ptq.errors import CalibrationError
 from ptq.numerics.histogram import Histograms
 
@@ -29,6 +29,14 @@ LEAST_SCALE = float(np.finfo(np.float32).tiny)
 # Errors that differ by less than this share of the channel's sum of squares are equal: it is the rounding of a float32
 # scale, not the weights, that tells them apart.
 EQUAL_ERRORS = 1e-12
+
+
+# Where each method cuts a histogram, in bins from zero, by its counts and the integers that amax maps to. `max` and
+# `percentile`, which need neither, are no functions of their own. In the order of their cost, the cheapest first.
+CUTS: dict[Method, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "mse": lambda counts, bounds: mse_bin(counts, bounds=bounds) + 0.5,
+    "entropy": lambda counts, bounds: entropy_bin(counts, bounds=bounds),
+}
 
 
 def amax_from_histograms(
@@ -75,10 +83,8 @@ def amax_from_histograms(
             continue
         if item.percentile is not None:
             edges = by_percentile[item.percentile]
-        elif item.method == "mse":
-            edges = mse_bin(histograms.counts, bounds=bounds) + 0.5
         else:
-            edges = entropy_bin(histograms.counts, bounds=bounds)
+            edges = CUTS[item.method](histograms.counts, bounds)
         found[item.label] = np.minimum(edges * histograms.bin_widths, maxima)
     return found
 

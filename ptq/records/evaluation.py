@@ -117,10 +117,10 @@ def in_method_order(labels: Iterable[str]) -> tuple[str, ...]:
     ('max', 'percentile-99.9', 'percentile-99', 'mse', 'max_float1')
     """
     position: dict[str, int] = {method: index for index, method in enumerate(METHODS)}
-    # The name of a fallback has an underscore; a method is the part before the percentile.
-    return tuple(
-        sorted(
-            dict.fromkeys(labels),
-            key=lambda label: len(METHODS) if "_" in label else position.get(label.split("-")[0], len(METHODS)),
-        )
-    )
+
+    def place(label: str) -> int:
+        method, _, more = label.partition("-")
+        # The name of a fallback is that of a method with an underscore and more behind it.
+        return len(METHODS) if "_" in more else position.get(method, len(METHODS))
+
+    return tuple(sorted(dict.fromkeys(labels), key=place))
