@@ -122,7 +122,13 @@ def _automation(
     if counts:
         match["prefect.run-count"] = counts
     trigger = EventTrigger(
-        after={after}, expect=unless, match=match, match_related=dict(of), for_each={"prefect.resource.id"},
-        posture=Posture.Proactive, threshold=1, within=within,
-    )  # fmt: skip
+        after={after},
+        expect=unless,
+        match=match,
+        match_related=dict(of),
+        for_each={"prefect.resource.id"},
+        posture=Posture.Proactive,
+        threshold=1,
+        within=within,
+    )
     return AutomationCore(name=name, description=description, trigger=trigger, actions=[action])

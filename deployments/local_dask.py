@@ -24,9 +24,13 @@ def main() -> None:
     options = parser.parse_args()
     # A worker that is killed is started again.
     with distributed.LocalCluster(
-        n_workers=options.workers, threads_per_worker=1, processes=True, host="127.0.0.1",
-        scheduler_port=options.port, dashboard_address=options.dashboard,
-    ) as cluster:  # fmt: skip
+        n_workers=options.workers,
+        threads_per_worker=1,
+        processes=True,
+        host="127.0.0.1",
+        scheduler_port=options.port,
+        dashboard_address=options.dashboard,
+    ) as cluster:
         print(  # noqa: T201 - what a person at a terminal waits for
             f"{options.workers} Dask workers at {cluster.scheduler_address}. In the config of a run:\n\n"
             f"runner:\n  name: dask\n  address: {cluster.scheduler_address}\n\nCtrl-C ends them.",

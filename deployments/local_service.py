@@ -152,9 +152,13 @@ def _start_supervisor(service: Service) -> subprocess.Popen:
     with service.log("supervisor").open("a") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "deployments.local_service", "supervise", "--port", str(service.port)],
-            cwd=service.root, env=service.environment("supervisor"), stdin=subprocess.DEVNULL, stdout=log,
-            stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+            cwd=service.root,
+            env=service.environment("supervisor"),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def _problem_at_start(service: Service, supervisor: subprocess.Popen) -> str:

@@ -63,23 +63,27 @@ class Service:
         """
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
         paths = [str(self.root), *filter(None, [inherited.get("PYTHONPATH")])]
-        return inherited | mark_of(self.folder, part) | {
-            "PYTHONPATH": os.pathsep.join(paths),
-            "PYTHONUNBUFFERED": "1",
-            "NO_PROXY": ",".join(filter(None, ["127.0.0.1", inherited.get("NO_PROXY")])),
-            "PTQ_HOME": str(self.root),
-            "PREFECT_HOME": str(self.folder / "prefect"),
-            "PREFECT_API_URL": f"{self.address}/api",
-            "PREFECT_WORKER_QUERY_SECONDS": "2",
-            # How soon a run that found its deployment's limit reached asks again.
-            "PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "5",
-            "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
-            # Nothing phones home: neither the server, nor the client, nor the newer UI.
-            "DO_NOT_TRACK": "1",
-            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-            "PREFECT_SERVER_UI_V2_ENABLED": "false",
-            "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-        }  # fmt: skip
+        return (
+            inherited
+            | mark_of(self.folder, part)
+            | {
+                "PYTHONPATH": os.pathsep.join(paths),
+                "PYTHONUNBUFFERED": "1",
+                "NO_PROXY": ",".join(filter(None, ["127.0.0.1", inherited.get("NO_PROXY")])),
+                "PTQ_HOME": str(self.root),
+                "PREFECT_HOME": str(self.folder / "prefect"),
+                "PREFECT_API_URL": f"{self.address}/api",
+                "PREFECT_WORKER_QUERY_SECONDS": "2",
+                # How soon a run that found its deployment's limit reached asks again.
+                "PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "5",
+                "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+                # Nothing phones home: neither the server, nor the client, nor the newer UI.
+                "DO_NOT_TRACK": "1",
+                "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+                "PREFECT_SERVER_UI_V2_ENABLED": "false",
+                "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+            }
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,9 +177,14 @@ class Supervisor:
             _note(f"Starting the worker; {lost} runs had lost their process.")
         with _open_log(self._service.log(part)) as log:
             self._parts[part] = subprocess.Popen(
-                self._command(part), cwd=self._service.root, env=self._service.environment(part),
-                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+                self._command(part),
+                cwd=self._service.root,
+                env=self._service.environment(part),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         self._started[part] = time.monotonic()
         self._tell()
 
@@ -223,9 +232,7 @@ class Supervisor:
 
     def _wait_for_worker(self) -> None:
         address, begun = self._service.address, time.time()
-        self._wait(
-            lambda: has_worker_since(address, begun), "worker", "No worker reported to the Prefect server"
-        )  # fmt: skip
+        self._wait(lambda: has_worker_since(address, begun), "worker", "No worker reported to the Prefect server")
 
     def _wait(self, is_there: Callable[[], bool], part: str, problem: str) -> None:
         """Wait for a part that was started last; whatever dies meanwhile ends the wait."""
@@ -244,10 +251,14 @@ class Supervisor:
         path = self._service.log("bootstrap")
         with _open_log(path) as log:
             done = subprocess.run(
-                [sys.executable, "-m", "deployments.bootstrap"], cwd=self._service.root,
-                env=self._service.environment("bootstrap"), stdin=subprocess.DEVNULL, stdout=log,
-                stderr=subprocess.STDOUT, check=False,
-            )  # fmt: skip
+                [sys.executable, "-m", "deployments.bootstrap"],
+                cwd=self._service.root,
+                env=self._service.environment("bootstrap"),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                check=False,
+            )
         if done.returncode:
             raise ServiceError(
                 f"The deployments of prefect.yaml could not be made; {path} ends with:\n{end_of_log(path)}"

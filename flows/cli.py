@@ -171,9 +171,13 @@ def demo(
     )
     checkpoint = str(directory / f"{DEMO.model}_digits.pth")
     training = TrainingConfig(
-        model=DEMO.model, data=data, epochs=DEMO.epochs, batch_size=DEMO.batch_size,
-        learning_rate=DEMO.learning_rate, output=checkpoint,
-    )  # fmt: skip
+        model=DEMO.model,
+        data=data,
+        epochs=DEMO.epochs,
+        batch_size=DEMO.batch_size,
+        learning_rate=DEMO.learning_rate,
+        output=checkpoint,
+    )
     _train(training, store=store, threads=threads, as_json=False, quiet=as_json)
     content = {
         "model": ModelConfig(name=DEMO.model, checkpoint=checkpoint, publish_as=f"{DEMO.model}-digits").model_dump(),
@@ -186,9 +190,18 @@ def demo(
 
 
 for command in (
-    cli_files.evaluate, cli_files.export, cli_files.validate, cli_files.benchmark, cli_files.report, cli_files.view,
-    cli_service.watch, cli_service.receive, cli_store.history, cli_store.restore, cli_store.gc,
-):  # fmt: skip
+    cli_files.evaluate,
+    cli_files.export,
+    cli_files.validate,
+    cli_files.benchmark,
+    cli_files.report,
+    cli_files.view,
+    cli_service.watch,
+    cli_service.receive,
+    cli_store.history,
+    cli_store.restore,
+    cli_store.gc,
+):
     app.command()(command)
 
 

@@ -23,20 +23,35 @@ _Config = TypeVar("_Config", bound=BaseModel)
 
 # Fields by the option that sets them: of `DataConfig`, `PtqConfig` and `TrainingConfig`.
 EVALUATE = {
-    "data": "path", **{name: f"preprocessing.{name}" for name in ("channels", "resize", "crop", "mean", "std")},
-}  # fmt: skip
+    "data": "path",
+    **{name: f"preprocessing.{name}" for name in ("channels", "resize", "crop", "mean", "std")},
+}
 _DATA = {option: f"data.{field}" for option, field in EVALUATE.items()}
 QUANTIZE = {
-    "model": "model.name", "checkpoint": "model.checkpoint", **_DATA,
-    "method": "calibration.methods", "trials": "calibration.trials", "calibration_images": "calibration.images",
-    "tolerance": "calibration.tolerance_percent", "percentile": "calibration.percentiles", "seed": "calibration.seed",
-    "engine": "engine.name", "threads": "engine.threads", "dialect": "quantization.dialects",
-    "weight_method": "quantization.weight_method", "skip_layer": "quantization.skip_layers",
-    "batch_size": "benchmark.batch_sizes", "max_drop": "gate.max_drop_pp", "min_speedup": "gate.min_speedup_fp32",
-    "calibration_split": "data.calibration_split", "selection_split": "data.selection_split",
-    "test_split": "data.test_split", "publish_as": "model.publish_as",
-    "store": "output.store", "output": "output.directory",
-}  # fmt: skip
+    "model": "model.name",
+    "checkpoint": "model.checkpoint",
+    **_DATA,
+    "method": "calibration.methods",
+    "trials": "calibration.trials",
+    "calibration_images": "calibration.images",
+    "tolerance": "calibration.tolerance_percent",
+    "percentile": "calibration.percentiles",
+    "seed": "calibration.seed",
+    "engine": "engine.name",
+    "threads": "engine.threads",
+    "dialect": "quantization.dialects",
+    "weight_method": "quantization.weight_method",
+    "skip_layer": "quantization.skip_layers",
+    "batch_size": "benchmark.batch_sizes",
+    "max_drop": "gate.max_drop_pp",
+    "min_speedup": "gate.min_speedup_fp32",
+    "calibration_split": "data.calibration_split",
+    "selection_split": "data.selection_split",
+    "test_split": "data.test_split",
+    "publish_as": "model.publish_as",
+    "store": "output.store",
+    "output": "output.directory",
+}
 TRAIN = _DATA | {
     name: name for name in ("model", "output", "checkpoint", "epochs", "batch_size", "learning_rate", "seed")
 }

@@ -28,9 +28,14 @@ class Terminal:
         self._bars: dict[str, TaskID] = {}
         if self._console.is_terminal and not quiet:
             self._progress = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-                TimeRemainingColumn(), console=self._console, transient=True,
-            )  # fmt: skip
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(),
+                console=self._console,
+                transient=True,
+            )
 
     def __enter__(self) -> "Terminal":
         from tasks.runtime.progress import add_listener

@@ -31,9 +31,12 @@ def watch(
     from flows.watch_checkpoints import watch_checkpoints
 
     options: dict[str, Any] = {
-        "watch_for_s": 0 if once else _UNTIL_INTERRUPTED_S, "interval_s": interval, "settle_s": settle,
-        "stalled_after_s": stalled_after, "skip_existing": skip_existing,
-    }  # fmt: skip
+        "watch_for_s": 0 if once else _UNTIL_INTERRUPTED_S,
+        "interval_s": interval,
+        "settle_s": settle,
+        "stalled_after_s": stalled_after,
+        "skip_existing": skip_existing,
+    }
     try:
         if as_json:
             print_json({"announced": run_flow(watch_checkpoints, prefix=prefix, store=store, **options)})

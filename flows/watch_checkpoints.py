@@ -35,9 +35,14 @@ def watch_checkpoints(
     """
     watch = watch_prefix.with_options(timeout_seconds=watch_for_s + LONGEST_READING_S)
     return watch(
-        prefix, store, watch_for_s=watch_for_s, interval_s=interval_s, settle_s=settle_s,
-        stalled_after_s=stalled_after_s, skip_existing=skip_existing,
-    )  # fmt: skip
+        prefix,
+        store,
+        watch_for_s=watch_for_s,
+        interval_s=interval_s,
+        settle_s=settle_s,
+        stalled_after_s=stalled_after_s,
+        skip_existing=skip_existing,
+    )
 
 
 if __name__ == "__main__":

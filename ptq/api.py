@@ -87,10 +87,16 @@ def evaluate_file(model: str, *, name: str, data: DataConfig, split: str, engine
                 "Give the data it was trained on."
             )
         found = evaluate_graph(
-            graph, engine=opened, precision="int8" if summary.quantize_nodes else "fp32",
-            batch_size=summary.input_shape[0] or 32, float_remainder="fp32", splits=[images],
-            mean=preprocessing.mean, std=preprocessing.std, reference_logits=None,
-        )  # fmt: skip
+            graph,
+            engine=opened,
+            precision="int8" if summary.quantize_nodes else "fp32",
+            batch_size=summary.input_shape[0] or 32,
+            float_remainder="fp32",
+            splits=[images],
+            mean=preprocessing.mean,
+            std=preprocessing.std,
+            reference_logits=None,
+        )
     predictions = tables_from_parquet(found.predictions)[split]
     by_class = class_metrics(predictions, num_classes=found.num_classes)
     return FileEvaluation(found.splits[0], by_class, index.class_names)

@@ -89,9 +89,7 @@ class PreprocessingConfig(_Section):
     @property
     def decoding(self) -> Decoding:
         """What prepared images depend on."""
-        return Decoding(
-            channels=self.channels, resize=self.resize, crop=self.crop, interpolation=self.interpolation
-        )  # fmt: skip
+        return Decoding(channels=self.channels, resize=self.resize, crop=self.crop, interpolation=self.interpolation)
 
     @property
     def normalization(self) -> Normalization:

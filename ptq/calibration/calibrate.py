@@ -82,9 +82,15 @@ def statistics_from_files(
         CalibrationError: no image was drawn, or an activation holds NaN or infinity.
     """
     collect = _collector(
-        observed_onnx=observed_onnx, plan=plan, pixels=pixels, files=files, mean=mean, std=std, bins=bins,
+        observed_onnx=observed_onnx,
+        plan=plan,
+        pixels=pixels,
+        files=files,
+        mean=mean,
+        std=std,
+        bins=bins,
         threads=threads,
-    )  # fmt: skip
+    )
     return collect(draws=draws, progress=progress)
 
 
@@ -143,22 +149,36 @@ def trials_from_files(
     image that several trials of adaptive length reach at different looks is run once for each look.
     """
     collect = _collector(
-        observed_onnx=observed_onnx, plan=plan, pixels=pixels, files=files, mean=mean, std=std, bins=bins,
-        threads=threads, on_device=on_device,
-    )  # fmt: skip
+        observed_onnx=observed_onnx,
+        plan=plan,
+        pixels=pixels,
+        files=files,
+        mean=mean,
+        std=std,
+        bins=bins,
+        threads=threads,
+        on_device=on_device,
+    )
     if stopping is None:
         trials = collect(draws=draws.indices, progress=progress)
         counts = f"{len(plan.activations)} histograms for {len(trials)} trials from {draws.prepared.images} images"
         return CollectedTrials(trials, draws, f"Collected {counts}")
     found = collect_adaptively(
-        _in_one_progress(collect, progress), draws.indices, names=observed_names(plan), methods=stopping.methods,
-        bounds=bounds(plan, stopping.dialect), tolerance_percent=stopping.tolerance_percent,
-    )  # fmt: skip
+        _in_one_progress(collect, progress),
+        draws.indices,
+        names=observed_names(plan),
+        methods=stopping.methods,
+        bounds=bounds(plan, stopping.dialect),
+        tolerance_percent=stopping.tolerance_percent,
+    )
     lengths = tuple(trial.length for trial in found)
     used = used_draws(
-        draws, lengths, labels=np.load(labels, allow_pickle=False), class_names=class_names,
+        draws,
+        lengths,
+        labels=np.load(labels, allow_pickle=False),
+        class_names=class_names,
         tolerance_percent=stopping.tolerance_percent,
-    )  # fmt: skip
+    )
     most = len(draws.indices[0])
     summary = describe_lengths(lengths, most=most, tolerance_percent=stopping.tolerance_percent)
     return CollectedTrials([trial.statistics for trial in found], used, summary)

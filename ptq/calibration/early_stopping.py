@@ -216,9 +216,11 @@ def collect_adaptively(
             parts = [next(fresh) for _ in range(GROUPS)]
             trial.groups = list(map(merge_statistics, trial.groups, parts)) if trial.groups else parts
             intervals = widest_intervals(
-                [group.histograms for group in trial.groups], methods=methods, bounds=bounds,
+                [group.histograms for group in trial.groups],
+                methods=methods,
+                bounds=bounds,
                 tolerance_percent=tolerance_percent,
-            )  # fmt: skip
+            )
             trial.intervals.append(intervals)
             trial.is_stopped = bool(np.all(intervals <= tolerance_percent))
         before = count

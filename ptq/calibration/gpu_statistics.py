@@ -124,9 +124,11 @@ class DeviceStatistics:
         found = []
         for trial in range(self._trials):
             histograms = Histograms(
-                np.ascontiguousarray(counts[:, trial]), exponents[:, trial].copy(), maxima[:, trial].copy(),
+                np.ascontiguousarray(counts[:, trial]),
+                exponents[:, trial].copy(),
+                maxima[:, trial].copy(),
                 zeros[:, trial].copy(),
-            )  # fmt: skip
+            )
             rows = tuple(np.zeros(0, dtype=np.int64) if part is None else part[trial].copy() for part in sums)
             channel_sums = ChannelSums(rows, images[trial]) if images[trial] else empty_channel_sums()
             found.append(TrialStatistics(histograms, channel_sums))
@@ -241,9 +243,13 @@ def collect_statistics_on_device(
     place = torch.device(device)
     model = copy.deepcopy(observed).eval().to(place)
     statistics = DeviceStatistics(
-        names=names, channel_axes=channel_axes, image_names=[image_names[position] for position in positions],
-        trials=len(draws), bins=bins, device=place,
-    )  # fmt: skip
+        names=names,
+        channel_axes=channel_axes,
+        image_names=[image_names[position] for position in positions],
+        trials=len(draws),
+        bins=bins,
+        device=place,
+    )
     reported = 0.0
     full_precision = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
     with torch.inference_mode(), full_precision, _MatmulWithoutTf32():

@@ -65,9 +65,14 @@ def command_line(
     if transfers:
         mode = ("--includeDataTransfers", "--noCudaGraph") if version >= (11, 0) else ()  # type: ignore[assignment]
     return (
-        program, f"--loadEngine={engine}", f"--warmUp={round(warmup_ms)}", f"--duration={max(round(duration_s), 1)}",
-        "--iterations=10", "--percentile=90,95,99", *mode,
-    )  # fmt: skip
+        program,
+        f"--loadEngine={engine}",
+        f"--warmUp={round(warmup_ms)}",
+        f"--duration={max(round(duration_s), 1)}",
+        "--iterations=10",
+        "--percentile=90,95,99",
+        *mode,
+    )
 
 
 def parse_output(text: str) -> TrtexecResult:

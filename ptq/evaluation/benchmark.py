@@ -89,9 +89,13 @@ def measure_engines(
             timed[item.record.precision] = _timed(runner, images)
         try:
             measurements += measure_interleaved(
-                timed, batch_size=batch_size, rounds=rounds, warmup_ms=warmup_ms, duration_s=duration_s,
+                timed,
+                batch_size=batch_size,
+                rounds=rounds,
+                warmup_ms=warmup_ms,
+                duration_s=duration_s,
                 min_iterations=min_iterations,
-            )  # fmt: skip
+            )
             transfers += [
                 _with_transfers(runner, precision, images, warmup_ms=warmup_ms, iterations=max(min_iterations, 10))
                 for precision, runner in runners.items()
@@ -101,10 +105,16 @@ def measure_engines(
             for runner in runners.values():
                 runner.close()
     shares = {item.record.batch_size: item.record.int8 for item in engines if item.record.precision == "int8"}
-    checks = trtexec.cross_checks(
-        [(item.blob, found) for item in engines if (found := _measured(item, measurements)) is not None],
-        version=identity.version, warmup_ms=warmup_ms, duration_s=duration_s,
-    ) if identity.name == "tensorrt" else ()  # fmt: skip
+    checks = (
+        trtexec.cross_checks(
+            [(item.blob, found) for item in engines if (found := _measured(item, measurements)) is not None],
+            version=identity.version,
+            warmup_ms=warmup_ms,
+            duration_s=duration_s,
+        )
+        if identity.name == "tensorrt"
+        else ()
+    )
     return BenchmarkRecord(
         engine=identity,
         machine=machine_description(),
@@ -115,7 +125,7 @@ def measure_engines(
         mode=COMPUTE_ONLY if transfers else ONE_MODE,
         end_to_end=tuple(transfers),
         cross_checks=checks,
-    )  # fmt: skip
+    )
 
 
 def measure_against(
@@ -150,9 +160,12 @@ def measure_against(
         try:
             interleave(timed, rounds=1, warmup_ms=warmup_ms, duration_s=0.0, min_iterations=1)
             taken = interleave(
-                timed, rounds=max(rounds, LEAST_TURNS), warmup_ms=0.0, duration_s=duration_s,
+                timed,
+                rounds=max(rounds, LEAST_TURNS),
+                warmup_ms=0.0,
+                duration_s=duration_s,
                 min_iterations=max(min_iterations, _CALLS_A_TURN * LEAST_TURNS),
-            )  # fmt: skip
+            )
         finally:
             for runner in runners:
                 runner.close()
@@ -174,16 +187,23 @@ def _with_transfers(
 ) -> EndToEnd:
     found = runner.timed_transfers(images, warmup_ms=warmup_ms, iterations=iterations)
     return end_to_end(
-        precision, len(images), upload_ms=found.upload_ms, compute_ms=found.compute_ms,
-        download_ms=found.download_ms, enqueue_ms=found.enqueue_ms, elapsed_s=found.elapsed_s,
-    )  # fmt: skip
+        precision,
+        len(images),
+        upload_ms=found.upload_ms,
+        compute_ms=found.compute_ms,
+        download_ms=found.download_ms,
+        enqueue_ms=found.enqueue_ms,
+        elapsed_s=found.elapsed_s,
+    )
 
 
 def _loaded(engine: Engine, item: LoadedEngine, float_remainder: Literal["fp32", "bf16"]) -> Runner:
     return engine.load(
-        item.blob.read_bytes(), precision=item.record.precision, batch_size=item.record.batch_size,
+        item.blob.read_bytes(),
+        precision=item.record.precision,
+        batch_size=item.record.batch_size,
         float_remainder=float_remainder,
-    )  # fmt: skip
+    )
 
 
 def _random_images(*shape: int) -> np.ndarray:

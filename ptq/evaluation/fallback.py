@@ -169,9 +169,16 @@ def fine_tune_from_files(
         network = _network(model, table, dialect, "max")
         train = np.load(pixels, mmap_mode="r", allow_pickle=False), np.load(labels, allow_pickle=False)
         result = fine_tune_(
-            network.fake_quant, network.plan, train=train, mean=mean, std=std, epochs=epochs,
-            learning_rate=learning_rate, seed=seed, progress=progress,
-        )  # fmt: skip
+            network.fake_quant,
+            network.plan,
+            train=train,
+            mean=mean,
+            std=std,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            seed=seed,
+            progress=progress,
+        )
         state = unfolded_state(network.original, network.folded, network.fake_quant)
     safetensors.torch.save_file({name: value.contiguous() for name, value in sorted(state.items())}, output)
     return result
@@ -184,9 +191,12 @@ def _network(model: ModelFiles, table: Mapping[str, float], dialect: Dialect, we
     load_weights_(original, state, name=model.name, source=str(model.weights))
     folded = fold_model(original)
     fake_quant = fake_quant_from_folded(
-        folded.module, plan, dialect=dialect, activation_amax=table,
+        folded.module,
+        plan,
+        dialect=dialect,
+        activation_amax=table,
         weight_amax=weight_amax(folded.module, plan, method=weight_method),
-    )  # fmt: skip
+    )
     return _Network(original, folded, fake_quant, plan)
 
 

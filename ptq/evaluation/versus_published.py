@@ -81,9 +81,15 @@ def incomparable(published: PublishedModel) -> PublishedComparison:
         "(model.publish_as), or set gate.publish_inconclusive."
     )
     return PublishedComparison(
-        version=published.version, decision="inconclusive", reasons=(reason,), published_top1_percent=None,
-        new_top1_percent=None, paired=None, latencies=(), drift=(),
-    )  # fmt: skip
+        version=published.version,
+        decision="inconclusive",
+        reasons=(reason,),
+        published_top1_percent=None,
+        new_top1_percent=None,
+        paired=None,
+        latencies=(),
+        drift=(),
+    )
 
 
 def held_against(

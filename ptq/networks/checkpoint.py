@@ -64,8 +64,11 @@ def head_size(state: Mapping[str, torch.Tensor], *, name: str, channels: int) ->
     Raises:
         CheckpointError: the checkpoint lacks the network's last weight.
     """
-    weights = [key for key, value in create_model(name, num_classes=2, channels=channels).state_dict().items()
-               if value.ndim in (2, 4)]  # fmt: skip
+    weights = [
+        key
+        for key, value in create_model(name, num_classes=2, channels=channels).state_dict().items()
+        if value.ndim in (2, 4)
+    ]
     if not weights or weights[-1] not in state:
         found = ", ".join(list(state)[:3])
         raise CheckpointError(

@@ -56,9 +56,16 @@ def export_onnx(
         with warnings.catch_warnings(), torch.inference_mode(), _without_attention_fast_path():
             warnings.simplefilter("ignore")  # the TorchScript exporter announces its own deprecation
             torch.onnx.export(
-                model, (example,), str(path), dynamo=False, opset_version=OPSET, input_names=[INPUT_NAME],
-                output_names=names, dynamic_axes=dynamic, do_constant_folding=False,
-            )  # fmt: skip
+                model,
+                (example,),
+                str(path),
+                dynamo=False,
+                opset_version=OPSET,
+                input_names=[INPUT_NAME],
+                output_names=names,
+                dynamic_axes=dynamic,
+                do_constant_folding=False,
+            )
     except Exception as error:  # the exporter raises whatever the model's forward or a symbolic function raises
         raise ExportError(
             f"{type(model).__name__} cannot be exported to ONNX: {str(error).splitlines()[0][:200]}. Expected a "

@@ -175,8 +175,10 @@ def amax_from_weight(
     if method == "mse":
         steps = _weight_steps(
             np.ascontiguousarray(weight, dtype=np.float64),
-            largest, *WEIGHT_CANDIDATES, WEIGHT_STEPS,
-        )  # fmt: skip
+            largest,
+            *WEIGHT_CANDIDATES,
+            WEIGHT_STEPS,
+        )
         largest = largest * (steps / WEIGHT_STEPS).astype(np.float32)
     return np.maximum(largest, np.float32(LEAST_SCALE * 127))
 

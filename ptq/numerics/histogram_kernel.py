@@ -94,9 +94,17 @@ class Accumulators:
         if self._sums[index].shape[1] != channels:
             self._sums[index] = np.zeros((self._trials, channels), dtype=np.int64)
         bits = _add_tensor(
-            values, channels, index, np.asarray(trials, dtype=np.int64), self._counts, self._exponents, self._maxima,
-            self._zeros, self._sums[index], self._tables,
-        )  # fmt: skip
+            values,
+            channels,
+            index,
+            np.asarray(trials, dtype=np.int64),
+            self._counts,
+            self._exponents,
+            self._maxima,
+            self._zeros,
+            self._sums[index],
+            self._tables,
+        )
         if bits >= INFINITY_BITS:
             raise CalibrationError(
                 f"Activation {self._names[index]} holds NaN or infinity for image {image}. Expected finite values. "

@@ -119,10 +119,13 @@ def _operation(
     read = [tensor for tensor in computed if getattr(tensor.dtype, "kind", "f") not in "iub"]
     kind: Kind = "average_pool" if is_average_pool else _kind(node, layer, is_whole=len(read) == len(node.inputs))
     return Operation(
-        node.name, kind if read else "other", [tensors[tensor.name] for tensor in read],
-        [_tensor(graph, tensor) for tensor in end.outputs], "" if layer is None else layer_name(layer),
+        node.name,
+        kind if read else "other",
+        [tensors[tensor.name] for tensor in read],
+        [_tensor(graph, tensor) for tensor in end.outputs],
+        "" if layer is None else layer_name(layer),
         _passage(node, layer, kind) if len(read) == len(computed) else MIXED,
-    )  # fmt: skip
+    )
 
 
 def _kind(node: Node, layer: Layer | None, *, is_whole: bool) -> Kind:

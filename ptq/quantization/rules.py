@@ -108,9 +108,14 @@ def _spec(
     name: str, readers: tuple[str, ...], tensors: tuple[str, ...] = (), *, never_negative: bool = False
 ) -> QuantizerSpec:
     return QuantizerSpec(
-        name=name, kind="activation", observed=name, axis=None, never_negative=never_negative, readers=readers,
+        name=name,
+        kind="activation",
+        observed=name,
+        axis=None,
+        never_negative=never_negative,
+        readers=readers,
         tensors=tensors,
-    )  # fmt: skip
+    )
 
 
 # What counts as what
@@ -358,6 +363,9 @@ def _quantize_dense_blocks(placement: _Placement) -> None:
 
 
 RULES = (
-    _quantize_layer_inputs, _quantize_pool_inputs, _quantize_before_permutations, _quantize_identities,
+    _quantize_layer_inputs,
+    _quantize_pool_inputs,
+    _quantize_before_permutations,
+    _quantize_identities,
     _quantize_dense_blocks,
-)  # fmt: skip
+)

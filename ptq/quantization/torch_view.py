@@ -30,32 +30,88 @@ _OPERATIONS: dict[Kind, tuple[object, ...]] = {
     "multiply": (operator.mul, torch.mul, "mul"),
     "concat": (torch.cat, torch.concat),
     "permutation": (
-        torch.permute, "permute", torch.transpose, "transpose", torch.swapaxes, "swapaxes", torch.movedim, "movedim",
+        torch.permute,
+        "permute",
+        torch.transpose,
+        "transpose",
+        torch.swapaxes,
+        "swapaxes",
+        torch.movedim,
+        "movedim",
     ),
     "reshape": (
-        nn.Flatten, torch.reshape, "reshape", "view", torch.flatten, "flatten", "contiguous", torch.squeeze, "squeeze",
-        torch.unsqueeze, "unsqueeze",
+        nn.Flatten,
+        torch.reshape,
+        "reshape",
+        "view",
+        torch.flatten,
+        "flatten",
+        "contiguous",
+        torch.squeeze,
+        "squeeze",
+        torch.unsqueeze,
+        "unsqueeze",
     ),
-}  # fmt: skip
+}
 _KINDS = {target: kind for kind, targets in _OPERATIONS.items() for target in targets}
 _MEANS = (torch.mean, "mean")
 _PADS = {F.pad: ("input", "pad", "mode", "value"), torch.constant_pad_nd: ("input", "pad", "value")}
 
 _NEVER_NEGATIVE = {
-    nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, F.relu, F.relu6, torch.relu, torch.sigmoid, F.sigmoid,
-    F.hardsigmoid, F.softmax, torch.softmax, "relu", "sigmoid", "softmax",
-}  # fmt: skip
+    nn.ReLU,
+    nn.ReLU6,
+    nn.Sigmoid,
+    nn.Hardsigmoid,
+    nn.Softmax,
+    F.relu,
+    F.relu6,
+    torch.relu,
+    torch.sigmoid,
+    F.sigmoid,
+    F.hardsigmoid,
+    F.softmax,
+    torch.softmax,
+    "relu",
+    "sigmoid",
+    "softmax",
+}
 _ARITHMETIC = {*_OPERATIONS["add"], *_OPERATIONS["multiply"]}
 _KEEPS_SIGN = {
-    *_OPERATIONS["average_pool"], *_OPERATIONS["max_pool"], *_ARITHMETIC, nn.Flatten, torch.flatten, torch.cat,
-    operator.getitem, torch.reshape, torch.permute, "flatten", "view", "reshape", "permute", "transpose", "contiguous",
+    *_OPERATIONS["average_pool"],
+    *_OPERATIONS["max_pool"],
+    *_ARITHMETIC,
+    nn.Flatten,
+    torch.flatten,
+    torch.cat,
+    operator.getitem,
+    torch.reshape,
+    torch.permute,
+    "flatten",
+    "view",
+    "reshape",
+    "permute",
+    "transpose",
+    "contiguous",
     "mean",
-}  # fmt: skip
+}
 
 _KEEPS_CHANNELS = {
-    nn.ReLU, nn.LeakyReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Identity, F.relu, torch.relu,
-    F.max_pool2d, torch.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, "relu", "contiguous", "mean",
-}  # fmt: skip
+    nn.ReLU,
+    nn.LeakyReLU,
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.Identity,
+    F.relu,
+    torch.relu,
+    F.max_pool2d,
+    torch.max_pool2d,
+    F.avg_pool2d,
+    F.adaptive_avg_pool2d,
+    "relu",
+    "contiguous",
+    "mean",
+}
 _REPEATS_CHANNELS = {nn.Flatten, torch.flatten, "flatten", "view", "reshape"}
 _CLIPS = {nn.ReLU6: 6.0, F.relu6: 6.0}
 

@@ -11,9 +11,18 @@ from typing import Literal
 
 # What placement makes of an operation. A cut leaves pixels or channels out, or puts zeros around them.
 Kind = Literal[
-    "convolution", "linear", "average_pool", "max_pool", "add", "multiply", "concat", "permutation", "reshape", "cut",
+    "convolution",
+    "linear",
+    "average_pool",
+    "max_pool",
+    "add",
+    "multiply",
+    "concat",
+    "permutation",
+    "reshape",
+    "cut",
     "other",
-]  # fmt: skip
+]
 
 
 @dataclass(frozen=True, slots=True)

@@ -166,9 +166,16 @@ def nights_png(
         if any(night < other <= night + nights / NIGHT_LABELS for other in cuts):
             continue  # its words would run into those of the next
         axes.annotate(
-            what, xy=(night - 0.5, 1), xycoords=axes.get_xaxis_transform(), xytext=(4, 1), textcoords="offset points",
-            fontsize=_SMALL, color=_MUTED, va="bottom", parse_math=False,
-        )  # fmt: skip
+            what,
+            xy=(night - 0.5, 1),
+            xycoords=axes.get_xaxis_transform(),
+            xytext=(4, 1),
+            textcoords="offset points",
+            fontsize=_SMALL,
+            color=_MUTED,
+            va="bottom",
+            parse_math=False,
+        )
     # A few nights keep to the left, as far apart as many would be.
     axes.set_xlim(-0.7, max(nights, NIGHT_LABELS) - 0.3)
     shown = range(nights - 1, -1, -max(1, -(-nights // NIGHT_LABELS)))
@@ -253,10 +260,14 @@ def _name_night_lines(axes: Axes, lines: Mapping[str, Sequence[float | None]], *
     for order, (last, name) in enumerate(sorted(ends, reverse=True)):
         axes.annotate(
             f"{name} {last:.{3 if last < 10 else 2 if last < 1000 else 0}f}",
-            xy=(1, last), xycoords=axes.get_yaxis_transform(), xytext=(5, 0), textcoords="offset points",
-            fontsize=_SMALL + 0.5, color=_BLUE if name == strong else _MUTED,
+            xy=(1, last),
+            xycoords=axes.get_yaxis_transform(),
+            xytext=(5, 0),
+            textcoords="offset points",
+            fontsize=_SMALL + 0.5,
+            color=_BLUE if name == strong else _MUTED,
             va="center" if len(ends) == 1 else "top" if order else "bottom",
-        )  # fmt: skip
+        )
 
 
 def _draw_batch(axes: Axes, measured: list[Measurement]) -> None:

@@ -22,9 +22,12 @@ TEXT_IN_MARKDOWN = 160
 # Not broken at its hyphen, where a column is narrow.
 _TOP1 = "top\N{NON-BREAKING HYPHEN}1"
 _DECISIONS = {
-    "accept": "Accepted", "reject": "Rejected", "regress": "Regressed", "inconclusive": "Inconclusive",
+    "accept": "Accepted",
+    "reject": "Rejected",
+    "regress": "Regressed",
+    "inconclusive": "Inconclusive",
     "failed": "Failed",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,15 +210,27 @@ def _rows(nights: Sequence[Night]) -> list[HistoryRow]:
     for index, night in enumerate(nights):
         found = night.found
         decision = "Accepted, new" if found and found.is_new else _DECISIONS[night.decision]
-        numbers = [
-            found.version[:8], fixed(found.top1_percent, 2), fixed(found.fp32_top1_percent, 2), fixed(found.drop_pp, 2),
-            interval_text(found.drop_interval_pp), *(_milliseconds(_int8_ms(night, size)) for size in sizes),
-            places[_place(found)],
-        ] if found else [""] * (6 + len(sizes))  # fmt: skip
+        numbers = (
+            [
+                found.version[:8],
+                fixed(found.top1_percent, 2),
+                fixed(found.fp32_top1_percent, 2),
+                fixed(found.drop_pp, 2),
+                interval_text(found.drop_interval_pp),
+                *(_milliseconds(_int8_ms(night, size)) for size in sizes),
+                places[_place(found)],
+            ]
+            if found
+            else [""] * (6 + len(sizes))
+        )
         cells = (
-            _moment(night).removesuffix(" UTC"), decision, *numbers, _duration(night.seconds),
-            f"{night.cached_stages} of {night.stages}", f"{night.images_decoded:,}",
-        )  # fmt: skip
+            _moment(night).removesuffix(" UTC"),
+            decision,
+            *numbers,
+            _duration(night.seconds),
+            f"{night.cached_stages} of {night.stages}",
+            f"{night.images_decoded:,}",
+        )
         reason = f"{night.reason} (run {night.run_id})" if night.reason else ""
         before, after = changes.get(index, ("", ""))
         begins = f"Latencies below were measured on {before}, those above on {after}." if after else ""
@@ -250,16 +265,24 @@ def _charts(nights: Sequence[Night]) -> list[Chart]:
     charts = [_top1_chart(nights)]
     for size in _batch_sizes(nights):
         png = nights_png(
-            {"INT8": [_int8_ms(night, size) for night in nights]}, labels=labels, bad=bad, changes=changes,
-            title=f"INT8 latency, batch {size}, ms", is_from_zero=True,
-        )  # fmt: skip
+            {"INT8": [_int8_ms(night, size) for night in nights]},
+            labels=labels,
+            bad=bad,
+            changes=changes,
+            title=f"INT8 latency, batch {size}, ms",
+            is_from_zero=True,
+        )
         charts.append(Chart(data_uri(png), f"Median INT8 latency at batch {size} over the nights"))
     longest = max(night.seconds for night in nights)
     unit, per_unit = ("min", 60.0) if longest >= 120 else ("s", 1.0)
     png = nights_png(
-        {"duration": [night.seconds / per_unit for night in nights]}, labels=labels, bad=bad, title=f"Duration, {unit}",
-        is_from_zero=True, is_bar=True,
-    )  # fmt: skip
+        {"duration": [night.seconds / per_unit for night in nights]},
+        labels=labels,
+        bad=bad,
+        title=f"Duration, {unit}",
+        is_from_zero=True,
+        is_bar=True,
+    )
     return [*charts, Chart(data_uri(png), "Duration of the runs over the nights")]
 
 

@@ -28,9 +28,12 @@ class Tile:
 def page_of(template: str, **values: Any) -> str:
     """Returns a page by the template of this name; a value that it uses and is not given is an error."""
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-    )  # fmt: skip
+    )
     environment.tests["sha256"] = lambda text: _SHA256.fullmatch(text) is not None
     return environment.get_template(template).render(values).strip() + "\n"
 

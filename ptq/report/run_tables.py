@@ -433,26 +433,32 @@ def _accuracy_rows(comparison: PublishedComparison) -> list[tuple[str, ...]]:
     change = f"{fixed(-paired.drop_pp, 2, sign=True)} pp"
     return [
         (
-            f"Top-1 on {paired.images:,} images, %", fixed(comparison.published_top1_percent, 2),
-            fixed(comparison.new_top1_percent, 2), change,
+            f"Top-1 on {paired.images:,} images, %",
+            fixed(comparison.published_top1_percent, 2),
+            fixed(comparison.new_top1_percent, 2),
+            change,
         ),
         ("95 % interval of the change, pp", "", "", interval_text((-high, -low))),
         ("McNemar test, exact, two-sided", "", "", probability(paired.mcnemar_p)),
         (
-            "Images that only this one gets right", f"{paired.fp32_only_correct:,}", f"{paired.int8_only_correct:,}",
+            "Images that only this one gets right",
+            f"{paired.fp32_only_correct:,}",
+            f"{paired.int8_only_correct:,}",
             f"{paired.flipped:,} predictions differ",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _latency_rows(comparison: PublishedComparison) -> list[tuple[str, ...]]:
     return [
         (
-            f"Median latency at batch {item.batch_size}, ms", fixed(item.published_median_ms, 3),
-            fixed(item.new_median_ms, 3), f"{fixed(100 * (item.ratio - 1), 1, sign=True)} %",
+            f"Median latency at batch {item.batch_size}, ms",
+            fixed(item.published_median_ms, 3),
+            fixed(item.new_median_ms, 3),
+            f"{fixed(100 * (item.ratio - 1), 1, sign=True)} %",
         )
         for item in comparison.latencies
-    ]  # fmt: skip
+    ]
 
 
 def _drift_table(comparison: PublishedComparison) -> Table:
@@ -465,6 +471,4 @@ def _drift_table(comparison: PublishedComparison) -> Table:
     if comparison.quantizers_of_one_alone:
         note += f" {len(comparison.quantizers_of_one_alone)} are in one of the two alone."
     alarming = tuple(index for index, item in enumerate(shown) if drift_factor(item) > NOTABLE_DRIFT)
-    return Table(
-        "Drift of amax", ("Quantizer", "In service", "New", "Factor"), rows, note, alarming=alarming
-    )  # fmt: skip
+    return Table("Drift of amax", ("Quantizer", "In service", "New", "Factor"), rows, note, alarming=alarming)

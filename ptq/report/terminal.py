@@ -81,12 +81,15 @@ def _latency(verdict: Verdict) -> Table:
             slow.append(index)
         rows.append(
             (
-                item.precision.upper(), str(item.batch_size), fixed(item.latency_ms.median, 3),
-                fixed(item.latency_ms.p99, 3), fixed(item.images_per_s, 1),
+                item.precision.upper(),
+                str(item.batch_size),
+                fixed(item.latency_ms.median, 3),
+                fixed(item.latency_ms.p99, 3),
+                fixed(item.images_per_s, 1),
                 _change(item.latency_ms.median, base.latency_ms.median if base else None),
                 _change(item.images_per_s, base.images_per_s if base else None),
             )
-        )  # fmt: skip
+        )
     columns = ("Precision", "Batch", "Median, ms", "p99, ms", "Images/s", "Latency, %", "Throughput, %")
     title = f"Latency on {verdict.engine.name} {verdict.engine.version}, changes against FP32"
     int8 = tuple(index for index, item in enumerate(verdict.benchmark) if not _is_float(item))
@@ -152,12 +155,17 @@ def table_of_benchmark(results: Sequence[FileMeasurement]) -> Table:
         base = reference.setdefault(item.batch_size, result).measurement
         rows.append(
             (
-                result.file, item.precision.upper(), str(item.batch_size), fixed(item.median_ms, 3),
-                fixed(item.p90_ms, 3), fixed(item.p99_ms, 3), fixed(item.throughput_images_per_s, 1),
+                result.file,
+                item.precision.upper(),
+                str(item.batch_size),
+                fixed(item.median_ms, 3),
+                fixed(item.p90_ms, 3),
+                fixed(item.p99_ms, 3),
+                fixed(item.throughput_images_per_s, 1),
                 "ref." if item is base else percent_change(item.median_ms, base.median_ms),
                 f"{result.int8.int8_input_percent:.0f} / {result.int8.int8_output_percent:.0f}",
             )
-        )  # fmt: skip
+        )
     columns = (
         "File",
         "Precision",
@@ -180,21 +188,27 @@ def tables_of_history(model: str, entries: Sequence[Mapping[str, Any]]) -> tuple
     last = (len(entries) - 1,)
     versions = tuple(
         (
-            str(entry["sequence"]), entry["version"], entry.get("published_at", ""),
-            fixed(entry.get("fp32_top1_percent"), 2), fixed(entry.get("top1_percent"), 2),
-            fixed(entry.get("drop_pp"), 2), f"{entry.get('method', '')}, trial {entry.get('trial', '')}",
-            entry["replaced"], str(entry.get("restored_from", "")),
+            str(entry["sequence"]),
+            entry["version"],
+            entry.get("published_at", ""),
+            fixed(entry.get("fp32_top1_percent"), 2),
+            fixed(entry.get("top1_percent"), 2),
+            fixed(entry.get("drop_pp"), 2),
+            f"{entry.get('method', '')}, trial {entry.get('trial', '')}",
+            entry["replaced"],
+            str(entry.get("restored_from", "")),
         )
         for entry in entries
-    )  # fmt: skip
+    )
     lineage = tuple(
         (
-            str(entry["sequence"]), entry["version"],
+            str(entry["sequence"]),
+            entry["version"],
             *(entry.get(f"{what}_sha256", "")[:12] for what in ("checkpoint", "data", "config", "code")),
             entry.get("run_id", ""),
         )
         for entry in entries
-    )  # fmt: skip
+    )
     titles = (
         "#",
         "Version",

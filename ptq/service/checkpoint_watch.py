@@ -158,8 +158,11 @@ class CheckpointWatch:
             if not known.is_whole:
                 logger.warning(
                     "%s (%d bytes) is not whole: its end is missing. It is announced as it is if nobody writes to it "
-                    "for %.0f s.", found.uri, found.size_bytes, self._stalled_after_s,
-                )  # fmt: skip
+                    "for %.0f s.",
+                    found.uri,
+                    found.size_bytes,
+                    self._stalled_after_s,
+                )
         return known.is_whole or stalled
 
     def read(self, uri: str) -> Checkpoint | None:

@@ -91,9 +91,11 @@ def collect_garbage(store: Store, *, keep_days: float, now: float, delete: bool)
                 store.backend.delete(entry.name)
         store.backend.unfinished(before=now - _KEPT_ANYWAY_S, delete=True)
     every = {
-        "stage records": records, "objects": entries["objects"], "half-written": unfinished,
+        "stage records": records,
+        "objects": entries["objects"],
+        "half-written": unfinished,
         "damaged": entries["damaged"],
-    }  # fmt: skip
+    }
     gone = {kind: set(group) for kind, group in removed.items()}
     kept = {kind: [entry for entry in group if entry not in gone[kind]] for kind, group in every.items()}
     return Collection(_amounts(kept), _amounts(removed), is_dry_run=not delete)

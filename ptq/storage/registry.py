@@ -6,7 +6,8 @@ from typing import Any
 
 from ptq.errors import ArtifactError, UsageError
 from ptq.records.base import ArtifactRef
-from ptq.storage.store import Store, artifact_refs, open_store
+from ptq.storage.documents import artifact_refs
+from ptq.storage.store import Store, open_store
 from ptq.uris import folder_of_uri
 
 # What `Store.publish` writes into an entry itself.

@@ -33,9 +33,14 @@ _CHUNK_BYTES = 2**20
 MISSING = ("404", "NoSuchKey", "NotFound", "NoSuchVersion")
 # What a server says of bytes that were changed on their way to it, or of an upload that it forgot because of them.
 _CHANGED = (
-    "BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch", "InvalidPart", "MalformedXML", "NoSuchUpload",
+    "BadDigest",
+    "IncompleteBody",
+    "XAmzContentSHA256Mismatch",
+    "InvalidPart",
+    "MalformedXML",
+    "NoSuchUpload",
     "RequestTimeout",
-)  # fmt: skip
+)
 # What is raised where no server is there, or none that answers.
 _AWAY = (
     faults.EndpointConnectionError,

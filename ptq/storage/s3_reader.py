@@ -59,20 +59,27 @@ class RemoteObjects:
             return None
         version = str(found.get("VersionId") or "")
         return RemoteObject(
-            bucket, key, int(found["ContentLength"]), str(found["ETag"]),
-            f"{found['ETag']} {found['LastModified'].timestamp():.0f} {version}", version,
-        )  # fmt: skip
+            bucket,
+            key,
+            int(found["ContentLength"]),
+            str(found["ETag"]),
+            f"{found['ETag']} {found['LastModified'].timestamp():.0f} {version}",
+            version,
+        )
 
     def listed(self, uri: str) -> list[RemoteObject]:
         """Returns what is under an s3:// URI, which is taken as a prefix, ordered by key."""
         bucket, prefix = split_uri(uri)
         found = [
             RemoteObject(
-                bucket, str(item["Key"]), int(item["Size"]), str(item["ETag"]),
+                bucket,
+                str(item["Key"]),
+                int(item["Size"]),
+                str(item["ETag"]),
                 f"{item['ETag']} {item['LastModified'].timestamp():.3f}",
             )
             for item in s3_client.objects_under(self._client, bucket, prefix, ask=partial(self._repeated, uri))
-        ]  # fmt: skip
+        ]
         return sorted(found, key=lambda each: each.key)
 
     def read(self, uri: str) -> bytes:

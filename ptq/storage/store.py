@@ -6,11 +6,10 @@ key. Nothing here knows what an object means. Where the bytes lie is the busines
 """
 
 import hashlib
-import json
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from ptq.files import file_sha256
 from ptq.records.base import ArtifactRef, digest
 from ptq.storage.backend import Backend
 from ptq.storage.cache import ObjectCache, user_cache
+from ptq.storage.documents import artifact_refs, body_of, document_of
 from ptq.storage.local_folder import LocalFolder
 from ptq.uris import folder_of_uri
 
@@ -236,7 +236,7 @@ class Store:
         wrong: list[bytes] = []
         for _ in range(_FETCH_ATTEMPTS):
             data, tag = self.backend.read(name)
-            body = _body_of(data)
+            body = body_of(data)
             if body is not None or data in wrong:
                 break  # the same wrong bytes twice: stored so, and not changed on the way
             wrong.append(data)
@@ -248,10 +248,13 @@ class Store:
     def write_stage(self, entry: StageEntry) -> None:
         """Stores a finished stage. Its objects must have been stored before."""
         body = {
-            "stage": entry.stage, "key": entry.key, "record": entry.record,
-            "seconds": entry.seconds, "finished_at": entry.finished_at,
-        }  # fmt: skip
-        self.backend.write(f"stages/{entry.stage}/{entry.key}.json", _document(body))
+            "stage": entry.stage,
+            "key": entry.key,
+            "record": entry.record,
+            "seconds": entry.seconds,
+            "finished_at": entry.finished_at,
+        }
+        self.backend.write(f"stages/{entry.stage}/{entry.key}.json", document_of(body))
 
     def remember(self, kind: str, key: str, data: bytes) -> None:
         """Keeps bytes that make later work quicker, without being a result: the latest replace those before.
@@ -263,7 +266,7 @@ class Store:
         """
         ref = self.put_bytes(data, kind)
         body = {"name": ref.name, "sha256": ref.sha256, "size_bytes": ref.size_bytes}
-        self.backend.write(f"remembered/{kind}/{key}.json", _document(body))
+        self.backend.write(f"remembered/{kind}/{key}.json", document_of(body))
 
     def recall(self, kind: str, key: str) -> bytes:
         """Returns what was remembered last, empty where there is nothing that can be used. See `remember`."""
@@ -276,11 +279,14 @@ class Store:
     def note_stage(self, run_id: str, entry: StageEntry, *, cached: bool) -> None:
         """Notes that a run used a finished stage, and whether it was found rather than computed."""
         note = {
-            "stage": entry.stage, "key": entry.key, "seconds": entry.seconds, "cached": cached,
+            "stage": entry.stage,
+            "key": entry.key,
+            "seconds": entry.seconds,
+            "cached": cached,
             "noted_at": time.time_ns(),
-        }  # fmt: skip
+        }
         name = f"{_run_folder(run_id)}/{entry.stage}.{entry.key[:16]}.json"
-        self.backend.write(name, _document(note))
+        self.backend.write(name, document_of(note))
 
     def run_stages(self, run_id: str) -> list[dict[str, Any]]:
         """Returns the notes of a run, in the order in which they were made: stage, key, seconds, cached."""
@@ -290,7 +296,7 @@ class Store:
 
     def append(self, kind: str, name: str, body: Mapping[str, Any]) -> None:
         """Adds a document to those of that kind and name; those before it stay as they are."""
-        self.backend.write(f"{_folder_of(kind, name)}/{time.time_ns()}-{uuid.uuid4().hex[:8]}.json", _document(body))
+        self.backend.write(f"{_folder_of(kind, name)}/{time.time_ns()}-{uuid.uuid4().hex[:8]}.json", document_of(body))
 
     def appended(self, kind: str, name: str, *, last: int) -> list[dict[str, Any]]:
         """Returns the last documents of that kind and name, oldest first; a damaged one is left out, and in its place.
@@ -322,19 +328,19 @@ class Store:
         try:
             found, tag = self._read_tagged(name)
         except FileNotFoundError:
-            return "first" if self.backend.create(name, _document(mine)) else "held"
+            return "first" if self.backend.create(name, document_of(mine)) else "held"
         if found is None:
             self._set_aside(name)
-            return "again" if self.backend.create(name, _document(mine)) else "held"
+            return "again" if self.backend.create(name, document_of(mine)) else "held"
         if found["state"] == "confirmed":
             return "done"
         if time.time() - found["claimed_at"] < unconfirmed_s:
             return "held"
-        return "again" if self.backend.replace(name, _document(mine), tag=tag) else "held"
+        return "again" if self.backend.replace(name, document_of(mine), tag=tag) else "held"
 
     def confirm(self, kind: str, key: str, body: Mapping[str, Any]) -> None:
         """Notes that what was claimed has been done, and what to note of it; nobody does it again. See `claim`."""
-        document = _document({**body, "state": "confirmed", "confirmed_at": time.time()})
+        document = document_of({**body, "state": "confirmed", "confirmed_at": time.time()})
         self.backend.write(f"claims/{_folder_of(kind, key)}.json", document)
 
     def publish(self, model: str, version: str, entry: Mapping[str, Any]) -> str:
@@ -362,9 +368,12 @@ class Store:
                 self._point_to(model, last)
                 return str(last["replaced"])
             document = {
-                **entry, "model": model, "version": version, "replaced": last["version"] if last else "",
+                **entry,
+                "model": model,
+                "version": version,
+                "replaced": last["version"] if last else "",
                 "sequence": _sequence_of(names[-1]) + 1 if names else 0,
-            }  # fmt: skip
+            }
             if self._claim(model, document):
                 self._point_to(model, document)
                 return str(document["replaced"])
@@ -375,13 +384,13 @@ class Store:
     def _claim(self, model: str, document: Mapping[str, Any]) -> bool:
         name = f"{_model_folder(model)}/history/{document['sequence']:06d}"
         if self.backend.has_conditions:
-            return self.backend.create(f"{name}.json", _document(document))
-        self.backend.write(f"{name}-{time.time_ns()}-{uuid.uuid4().hex[:8]}.json", _document(document))
+            return self.backend.create(f"{name}.json", document_of(document))
+        self.backend.write(f"{name}-{time.time_ns()}-{uuid.uuid4().hex[:8]}.json", document_of(document))
         return True
 
     def _point_to(self, model: str, document: Mapping[str, Any]) -> None:
         """Moves the pointer forward to `document`, unless it is there or further."""
-        name, data = f"{_model_folder(model)}/latest.json", _document(document)
+        name, data = f"{_model_folder(model)}/latest.json", document_of(document)
         if not self.backend.has_conditions:
             self._point_to_last(model, name)
             return
@@ -403,7 +412,7 @@ class Store:
         """
         last = self._last_of(self._history_names(model))
         while last is not None:
-            self.backend.write(name, _document(last))
+            self.backend.write(name, document_of(last))
             written, last = last, self._last_of(self._history_names(model))
             if last == written:
                 return
@@ -466,33 +475,5 @@ def _folder_of(kind: str, name: str) -> str:
     return f"{kind}/{name}"
 
 
-def _document(body: Mapping[str, Any]) -> bytes:
-    """JSON with the digest of what it says."""
-    return json.dumps({**body, "digest": digest(body)}, indent=1, sort_keys=True).encode()
-
-
-def _body_of(data: bytes) -> dict[str, Any] | None:
-    """What a document says, None where its digest is another one."""
-    try:
-        content = json.loads(data)
-        body = {field: value for field, value in content.items() if field != "digest"}
-        return body if content.get("digest") == digest(body) else None
-    except (ValueError, AttributeError, RecursionError):
-        return None
-
-
 def _sequence_of(name: str) -> int:
     return int(name.rpartition("/")[2][:6])
-
-
-def artifact_refs(value: Any) -> Iterator[ArtifactRef]:
-    """Yields every object reference inside the JSON form of a record."""
-    if isinstance(value, Mapping):
-        if set(value) == {"name", "sha256", "size_bytes"}:
-            yield ArtifactRef(**value)
-        else:
-            for item in value.values():
-                yield from artifact_refs(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from artifact_refs(item)

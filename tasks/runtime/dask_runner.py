@@ -95,9 +95,13 @@ class DaskStages(DaskTaskRunner):
             }
         )
         future = self.client.submit(
-            run_on_worker, self._terms, f"{task.fn.__module__}:{task.fn.__name__}", call, self._context,
+            run_on_worker,
+            self._terms,
+            f"{task.fn.__module__}:{task.fn.__name__}",
+            call,
+            self._context,
             key=f"{task.name}-{task_run_id}",
-        )  # fmt: skip
+        )
         return PrefectDaskFuture(wrapped_future=future, task_run_id=task_run_id)
 
     def map(
@@ -251,8 +255,9 @@ def _connect(stages: DaskStages) -> None:
         get_run_logger().warning(
             "Dask workers at %s have up to %d threads; expected 1, for each stage uses engine.threads threads. Start "
             "them with --nthreads 1.",
-            address, max(threads.values()),
-        )  # fmt: skip
+            address,
+            max(threads.values()),
+        )
 
 
 async def _shake_hands(address: str) -> None:

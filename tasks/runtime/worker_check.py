@@ -39,9 +39,13 @@ def worker_requirements(engine: EngineIdentity, *, threads: int, store_uri: str)
     store = open_store(store_uri)
     sources = package_digest()
     return WorkerRequirements(
-        sources=sources, libraries=tuple(sorted(library_versions().items())), engine=engine, threads=threads,
-        store_uri=store.uri, probe=store.put_bytes(f"sources {sources}\n".encode(), "probe.txt"),
-    )  # fmt: skip
+        sources=sources,
+        libraries=tuple(sorted(library_versions().items())),
+        engine=engine,
+        threads=threads,
+        store_uri=store.uri,
+        probe=store.put_bytes(f"sources {sources}\n".encode(), "probe.txt"),
+    )
 
 
 def worker_mismatch(terms: WorkerRequirements) -> str:

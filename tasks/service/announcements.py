@@ -67,8 +67,11 @@ def announce(store: Store, checkpoints: Iterable[Checkpoint], logger: Logger) ->
             for each in sent:
                 logger.info(
                     "New checkpoint of %s: %s (%d bytes, SHA-256 %s)",
-                    each.model, each.uri, each.size_bytes, each.sha256[:12],
-                )  # fmt: skip
+                    each.model,
+                    each.uri,
+                    each.size_bytes,
+                    each.sha256[:12],
+                )
             result.sent.extend(sent)
         _confirm_when_shown(client, store, result, logger)
     return result
@@ -165,5 +168,7 @@ def _confirm_when_shown(client: SyncPrefectClient, store: Store, result: Announc
     if waiting:
         logger.warning(
             "The Prefect server took %d events that it does not show after %.0f s; what it does not show in a minute "
-            "is sent again.", len(waiting), _SHOWN_WITHIN_S,
-        )  # fmt: skip
+            "is sent again.",
+            len(waiting),
+            _SHOWN_WITHIN_S,
+        )

@@ -43,9 +43,13 @@ def model_lock(model: str, store: str) -> Iterator[float]:
         get_run_logger().info("Another run quantizes %s; waiting for it", model)
     # A server that is away for a minute costs the run its turn, not its life: whatever it stores stays whole.
     with concurrency(
-        limit, occupy=1, strict=True, raise_on_lease_renewal_failure=False, lease_duration=_LEASE_S,
+        limit,
+        occupy=1,
+        strict=True,
+        raise_on_lease_renewal_failure=False,
+        lease_duration=_LEASE_S,
         timeout_seconds=_LONGEST_WAIT_S,
-    ):  # fmt: skip
+    ):
         token = _HELD.set(_HELD.get() | {limit})
         try:
             yield time.monotonic() - begun

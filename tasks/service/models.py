@@ -43,6 +43,8 @@ def is_superseded(config: PtqConfig, sha256: str) -> bool:
         get_run_logger().warning(
             "%s now has the SHA-256 %s, not %s as when it was found: it was replaced since, and an event of its own "
             "tells of the new one",
-            config.model.checkpoint, found[:12], sha256[:12],
-        )  # fmt: skip
+            config.model.checkpoint,
+            found[:12],
+            sha256[:12],
+        )
     return found != sha256

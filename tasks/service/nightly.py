@@ -37,9 +37,14 @@ def keep_nightly_result(config: PtqConfig, flow_run_id: UUID, result: RunResult 
     with get_client(sync_client=True) as client:
         run = client.read_flow_run(flow_run_id)
     night = nightly_results.night_of_run(
-        store, model, run_id=run.name, started_at=run.start_time or datetime.now(UTC),
-        seconds=run.total_run_time.total_seconds() - (result.waited_s if result else 0.0), result=result, error=error,
-    )  # fmt: skip
+        store,
+        model,
+        run_id=run.name,
+        started_at=run.start_time or datetime.now(UTC),
+        seconds=run.total_run_time.total_seconds() - (result.waited_s if result else 0.0),
+        result=result,
+        error=error,
+    )
     nightly_results.keep_nightly_result(store, night)
     shown = nightly_results.read_nights(store, model)
     page = history_html(shown).encode()

@@ -34,10 +34,15 @@ def announce(result: RunResult, notify: Sequence[str]) -> None:
         get_run_logger().info("%s version %s is in service already", result.model, result.version)
         return
     payload = {
-        "model": result.model, "version": result.version, "decision": result.decision, "reasons": list(result.reasons),
-        "run_id": result.run_id, "top1_percent": result.top1_percent, "drop_pp": result.drop_pp,
+        "model": result.model,
+        "version": result.version,
+        "decision": result.decision,
+        "reasons": list(result.reasons),
+        "run_id": result.run_id,
+        "top1_percent": result.top1_percent,
+        "drop_pp": result.drop_pp,
         "report": f"{result.output_directory}/report.html",
-    }  # fmt: skip
+    }
     event = "model.published" if result.accepted else "model.rejected"
     emit_event(event, resource={"prefect.resource.id": f"ptq.model.{result.model}"}, payload=payload)
     if result.accepted:

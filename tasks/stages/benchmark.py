@@ -21,8 +21,11 @@ def benchmark(engines: Sequence[EngineRecord], *, run: RunContext) -> BenchmarkR
     for measured in record.measurements:
         get_run_logger().info(
             "%s batch %d: median %.3f ms, %.0f images/s",
-            measured.precision, measured.batch_size, measured.median_ms, measured.throughput_images_per_s,
-        )  # fmt: skip
+            measured.precision,
+            measured.batch_size,
+            measured.median_ms,
+            measured.throughput_images_per_s,
+        )
     for warning in (*record.red_flags, *record.warnings):
         get_run_logger().warning(warning)
     return record

@@ -82,8 +82,11 @@ def merge_statistics(
     trials = merge_shards(store.get_bytes(shard) for shard in shards)
     get_run_logger().info(
         "Merged %d shards: %d histograms for %d trials from %d images",
-        len(shards), len(plan.activations), len(trials), draws.prepared.images,
-    )  # fmt: skip
+        len(shards),
+        len(plan.activations),
+        len(trials),
+        draws.prepared.images,
+    )
     return _record(store, trials, plan, draws)
 
 
@@ -101,9 +104,12 @@ def _observed(
     on_device = None
     if run.device and model.source == "torch":
         observed = observed_model(
-            store.get_path(model.weights), plan=plan, name=model.name, num_classes=model.num_classes,
+            store.get_path(model.weights),
+            plan=plan,
+            name=model.name,
+            num_classes=model.num_classes,
             input_shape=model.input_shape,
-        )  # fmt: skip
+        )
         on_device = ObservedOnDevice(observed, run.device)
     return trials_from_files(
         observed_onnx=store.get_path(model.observed_onnx),

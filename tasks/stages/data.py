@@ -93,9 +93,15 @@ def draw_calibration_images(data: DataRecord, *, run: RunContext) -> Calibration
     table = store.get_path(data.table)
     settings = run.config.calibration
     drawn = sampling.draw_trials(
-        table, split=run.config.data.calibration_split, evaluated_splits=run.evaluated_splits, images=settings.images,
-        trials=settings.trials, seed=settings.seed, class_names=data.class_names, is_ordered=settings.is_adaptive,
-    )  # fmt: skip
+        table,
+        split=run.config.data.calibration_split,
+        evaluated_splits=run.evaluated_splits,
+        images=settings.images,
+        trials=settings.trials,
+        seed=settings.seed,
+        class_names=data.class_names,
+        is_ordered=settings.is_adaptive,
+    )
     for warning in drawn.warnings:
         get_run_logger().warning(warning)
     prepared = _prepare(store, data, drawn.rows, run.decoding, what="Decoded calibration images")
@@ -106,9 +112,12 @@ def _prepare(
     store: Store, data: DataRecord, rows: Sequence[index_module.ImageRow], decoding: Decoding, *, what: str
 ) -> PreparedImages:
     pixels = decoding_module.decode_rows(
-        rows, root=data.root, preprocessing=decoding, progress=progress_logger(what),
+        rows,
+        root=data.root,
+        preprocessing=decoding,
+        progress=progress_logger(what),
         inputs=Inputs(store) if is_remote(data.root) else None,
-    )  # fmt: skip
+    )
     labels = np.array([row.label for row in rows], dtype=np.int64)
     files = json.dumps([[row.path, row.sha256] for row in rows])
     return PreparedImages(

@@ -57,8 +57,13 @@ def build_engine(
     share = int8_share(built.layers)
     get_run_logger().info(
         "Built %s at batch %d in %.1f s: %.0f %% of %d layers read INT8, %.0f %% write it",
-        precision, batch_size, built.build_s, share.int8_input_percent, share.layers, share.int8_output_percent,
-    )  # fmt: skip
+        precision,
+        batch_size,
+        built.build_s,
+        share.int8_input_percent,
+        share.layers,
+        share.int8_output_percent,
+    )
     return EngineRecord(
         engine=run.identity,
         precision=precision,

@@ -71,8 +71,13 @@ def evaluate(
     for metrics in found.splits:
         get_run_logger().info(
             "%s-%d on %s: top-1 %.2f %%, agreement with FP32 %.2f %%, SQNR %.1f dB",
-            amax.method, amax.trial, metrics.split, metrics.top1_percent, metrics.agreement_percent, metrics.sqnr_db,
-        )  # fmt: skip
+            amax.method,
+            amax.trial,
+            metrics.split,
+            metrics.top1_percent,
+            metrics.agreement_percent,
+            metrics.sqnr_db,
+        )
     return _record(store, found, candidate=f"{amax.method}-{amax.trial}", amax=amax)
 
 

@@ -31,9 +31,14 @@ def export_qdq(model: ModelRecord, weight_method: WeightMethod, *, run: StageCon
             write_qdq_template(weights, path, plan=plan, weight_method=weight_method)
         else:
             write_template(
-                path, weights=weights, plan=plan, name=model.name, num_classes=model.num_classes,
-                input_shape=model.input_shape, weight_method=weight_method,
-            )  # fmt: skip
+                path,
+                weights=weights,
+                plan=plan,
+                name=model.name,
+                num_classes=model.num_classes,
+                input_shape=model.input_shape,
+                weight_method=weight_method,
+            )
         template = store.put_file(path)
     get_run_logger().info("Exported the Q/DQ template, %d bytes", template.size_bytes)
     return template

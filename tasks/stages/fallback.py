@@ -110,11 +110,17 @@ def carry_amax(
     )
     if table is None:
         (trial,) = statistics_from_files(
-            observed_onnx=store.get_path(target.observed_onnx), plan=plan, pixels=store.get_path(draws.prepared.pixels),
-            files=store.get_path(draws.prepared.sha256_of_files), draws=[draws.indices[amax.trial]],
-            mean=run.normalization.mean, std=run.normalization.std, bins=run.config.calibration.bins,
-            threads=run.threads, progress=progress_logger("Calibration images"),
-        )  # fmt: skip
+            observed_onnx=store.get_path(target.observed_onnx),
+            plan=plan,
+            pixels=store.get_path(draws.prepared.pixels),
+            files=store.get_path(draws.prepared.sha256_of_files),
+            draws=[draws.indices[amax.trial]],
+            mean=run.normalization.mean,
+            std=run.normalization.std,
+            bins=run.config.calibration.bins,
+            threads=run.threads,
+            progress=progress_logger("Calibration images"),
+        )
         table = amax_table(
             trial.histograms, plan=plan, dialect=run.dialect, method=method.method, percentile=method.percentile
         )
@@ -143,12 +149,20 @@ def fine_tune(model: ModelRecord, amax: AmaxRecord, draws: CalibrationDraws, *, 
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "weights_qat.safetensors"
         found = fallback.fine_tune_from_files(
-            _files(store, model), table=json.loads(store.get_bytes(amax.table)),
-            pixels=store.get_path(draws.prepared.pixels), labels=store.get_path(draws.prepared.labels),
-            mean=run.normalization.mean, std=run.normalization.std, dialect=run.dialect, epochs=epochs,
-            learning_rate=learning_rate, seed=run.config.calibration.seed, threads=run.threads, output=output,
+            _files(store, model),
+            table=json.loads(store.get_bytes(amax.table)),
+            pixels=store.get_path(draws.prepared.pixels),
+            labels=store.get_path(draws.prepared.labels),
+            mean=run.normalization.mean,
+            std=run.normalization.std,
+            dialect=run.dialect,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            seed=run.config.calibration.seed,
+            threads=run.threads,
+            output=output,
             progress=lambda epoch: advance(epoch, epochs),
-        )  # fmt: skip
+        )
         weights = store.put_file(output)
     what = fallback.describe_fine_tuning(found, images=draws.prepared.images, learning_rate=learning_rate)
     get_run_logger().info("Trying %s", what)

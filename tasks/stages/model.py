@@ -61,8 +61,11 @@ def prepare_model(class_names: tuple[str, ...], has_named_classes: bool, *, run:
         get_run_logger().warning(warning)
     get_run_logger().info(
         "Placed %d activation and %d weight quantizers; %d of %d residual adds have one quantized operand",
-        len(plan.activations), len(plan.weights), plan.quantized_residual_adds, plan.residual_adds,
-    )  # fmt: skip
+        len(plan.activations),
+        len(plan.weights),
+        plan.quantized_residual_adds,
+        plan.residual_adds,
+    )
     return ModelRecord(
         name=model.name,
         checkpoint_sha256=prepared.checkpoint_sha256,
@@ -96,9 +99,7 @@ def equalize_channels(
         std=run.normalization.std,
         threads=run.threads,
     )
-    equalize = partial(
-        equalize_model, name=model.name, num_classes=model.num_classes, input_shape=model.input_shape
-    )  # fmt: skip
+    equalize = partial(equalize_model, name=model.name, num_classes=model.num_classes, input_shape=model.input_shape)
     with tempfile.TemporaryDirectory() as directory:
         files, changed = (equalize_onnx_model if model.source == "onnx" else equalize)(
             weights=store.get_path(model.weights),

@@ -31,9 +31,12 @@ def _settings(config: TrainingConfig, data: DataRecord) -> dict[str, Any]:
 
 
 @stage(
-    returns=TrainingRecord, timeout_seconds=7 * 24 * 3600, ignores=("config", "data", "threads"), reads=_settings,
+    returns=TrainingRecord,
+    timeout_seconds=7 * 24 * 3600,
+    ignores=("config", "data", "threads"),
+    reads=_settings,
     reads_until="begun",
-)  # fmt: skip
+)
 def train_classifier(
     config: TrainingConfig,
     data: DataRecord,

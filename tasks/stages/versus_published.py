@@ -29,9 +29,13 @@ def find_published(model: ModelRecord, graph: GraphRecord, *, run: RunContext) -
     """Find the published version that this graph would replace; None where there is none, or where it is this one."""
     name = run.config.model.published_name
     published = published_version(
-        run.store, name, onnx_sha256=graph.onnx.sha256, dialect=graph.dialect,
-        input_shape=model.input_shape, num_classes=model.num_classes,
-    )  # fmt: skip
+        run.store,
+        name,
+        onnx_sha256=graph.onnx.sha256,
+        dialect=graph.dialect,
+        input_shape=model.input_shape,
+        num_classes=model.num_classes,
+    )
     if published is not None:
         get_run_logger().info("In service is %s version %s %s", name, published.version, published.obstacle)
     return published

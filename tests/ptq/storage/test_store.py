@@ -13,7 +13,8 @@ from ptq.errors import ArtifactError, UsageError
 from ptq.files import write_file
 from ptq.records.base import ArtifactRef, to_jsonable
 from ptq.storage import backend
-from ptq.storage.store import StageEntry, artifact_refs, open_store, stage_key
+from ptq.storage.documents import artifact_refs
+from ptq.storage.store import StageEntry, open_store, stage_key
 
 
 def object_name(ref):
