@@ -85,8 +85,7 @@ def fake_quant_from_folded(
     """
     _check_amax(plan, activation_amax)
     model = copy.deepcopy(folded)
-    for spec in plan.weights:
-        _replace_layer_(model, spec, weight_amax[spec.name], traced=plan.traced)
+    replace_modules_(model, plan, weight_amax)
     for index, spec in enumerate(plan.activations):
         amax = torch.tensor(float(activation_amax[spec.name]), dtype=torch.float32)
         if plan.traced:
@@ -99,6 +98,12 @@ def fake_quant_from_folded(
         model.graph.lint()
         model.recompile()
     return model.eval()
+
+
+def replace_modules_(model: nn.Module, plan: PlacementPlan, weight_amax: Mapping[str, torch.Tensor]) -> None:
+    """Replaces every layer of the plan by pytorch-quantization's, with the amax of its weights set."""
+    for spec in plan.weights:
+        _replace_layer_(model, spec, weight_amax[spec.name], traced=plan.traced)
 
 
 def _check_amax(plan: PlacementPlan, activation_amax: Mapping[str, float]) -> None:
