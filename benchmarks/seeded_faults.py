@@ -20,7 +20,8 @@ import onnxruntime
 import safetensors.torch
 
 from benchmarks.family_networks import MEAN, STD, random_pixels, realistic_network
-from benchmarks.faults import FAULTS, Fault, Subject
+from benchmarks.faults import FAULTS
+from benchmarks.faulty_graph import Fault, Subject
 from benchmarks.subject import write_result
 from ptq.checks.run import CHECKS, check_graph
 from ptq.config import Dialect, QuantizationConfig

@@ -51,7 +51,8 @@ def rooms_of_the_code() -> dict[str, Room]:
             continue
         room = rooms.setdefault(name, Room(str(ast.get_docstring(ast.parse(source))).partition("\n")[0]))
         room.modules += not is_package
-        room.uses |= {room_of(found.name) for found in imports_of(source, str(file)) if found.top in LAYERS} - {name}
+        room.uses |= {room_of(found.name) for found in imports_of(source, str(file)) if found.top in LAYERS}
+        room.uses -= {name, "ptq", "tasks"}
     return rooms
 
 

@@ -17,7 +17,6 @@ import typer
 
 from flows import cli_files, cli_service, cli_store
 from flows.cli_options import (
-    DEFAULT_STORE,
     ENGINE,
     QUANTIZE,
     TRAIN,
@@ -31,7 +30,7 @@ from flows.cli_options import (
     options_from,
 )
 from flows.cli_output import FAILED, REJECTED, WRONG_USAGE, Terminal, fail, print_json, run_flow, show_verdict
-from ptq.config import DataConfig, ModelConfig, PtqConfig, TrainingConfig
+from ptq.config import DEFAULT_STORE, DataConfig, ModelConfig, PtqConfig, TrainingConfig
 from ptq.config_file import config_from_mapping
 from ptq.errors import PtqError, UsageError
 from ptq.extras import extra

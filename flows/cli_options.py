@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from ptq.config import BenchmarkConfig, EngineConfig, OutputConfig, PreprocessingConfig, PtqConfig
+from ptq.config import BenchmarkConfig, EngineConfig, PreprocessingConfig, PtqConfig
 from ptq.config_file import config_from_mapping, load_yaml
 from ptq.errors import UsageError
 
@@ -177,7 +177,6 @@ def _with_implied_crop(content: dict[str, Any]) -> dict[str, Any]:
 
 # Defaults of options that make no config.
 INPUT, ENGINE, BENCHMARK = PreprocessingConfig(), EngineConfig(), BenchmarkConfig()
-DEFAULT_STORE = OutputConfig().store
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document for programs, nothing else.")]
 ConfigFile = Annotated[

@@ -4,8 +4,9 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.cli_options import DEFAULT_STORE, Json, StoreUri
+from flows.cli_options import Json, StoreUri
 from flows.cli_output import FAILED, fail, print_json, run_flow
+from ptq.config import DEFAULT_STORE
 from ptq.extras import extra
 
 _UNTIL_INTERRUPTED_S = 365 * 86_400.0

@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from flows.cli_options import DEFAULT_STORE, Json, PublishedModel, StoreUri
+from flows.cli_options import Json, PublishedModel, StoreUri
 from flows.cli_output import new_console, print_json, show_tables
+from ptq.config import DEFAULT_STORE
 
 
 def history(model: PublishedModel, store: StoreUri = DEFAULT_STORE, as_json: Json = False) -> None:

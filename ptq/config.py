@@ -5,7 +5,7 @@ descriptions are the form that the Prefect UI shows. Nothing is computed here.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -232,22 +232,6 @@ class LabelledMethod(_Section):
     label: str
     method: Method
     percentile: Percentile | None = None
-
-
-def in_method_order(labels: Iterable[str]) -> tuple[str, ...]:
-    """Returns the labels once each: max, percentile, mse, entropy in this order, then others; else as they come.
-
-    >>> in_method_order(["mse", "max_float1", "percentile-99.9", "percentile-99", "max", "mse"])
-    ('max', 'percentile-99.9', 'percentile-99', 'mse', 'max_float1')
-    """
-    position: dict[str, int] = {method: index for index, method in enumerate(METHODS)}
-    # The name of a fallback has an underscore; a method is the part before the percentile.
-    return tuple(
-        sorted(
-            dict.fromkeys(labels),
-            key=lambda label: len(METHODS) if "_" in label else position.get(label.split("-")[0], len(METHODS)),
-        )
-    )
 
 
 class StoppingRule(_Section):

@@ -18,6 +18,7 @@ from ptq.config import LEAST_ADAPTIVE_IMAGES, LabelledMethod
 from ptq.numerics.amax import amax_from_histograms
 from ptq.numerics.histogram import Histograms, empty_histograms, merge
 from ptq.records.calibration import CalibrationDraws, LayerLength, TrialLength
+from ptq.wording import first_names
 
 GROUPS = 8
 # Student's t with GROUPS - 1 = 7 degrees of freedom at 0.975.
@@ -260,10 +261,9 @@ def used_draws(
     used = {int(labels[position]) for draw in indices for position in draw}
     unused = [class_names[label] for label in sorted({int(label) for label in labels} - used)]
     if unused:
-        more = f" and {len(unused) - NAMES_SHOWN} more" if len(unused) > NAMES_SHOWN else ""
         warnings.append(
             f"Calibration had enough images before it came to one of {len(unused)} of the {len(used) + len(unused)} "
-            f"classes drawn: {', '.join(unused[:NAMES_SHOWN])}{more}. Lower calibration.tolerance_percent to use more."
+            f"classes drawn: {first_names(unused, NAMES_SHOWN)}. Lower calibration.tolerance_percent to use more."
         )
     return replace(draws, indices=indices, warnings=tuple(warnings), lengths=tuple(lengths))
 
@@ -299,11 +299,10 @@ def loose_layers_warning(lengths: Sequence[TrialLength], *, tolerance_percent: f
         return None
     trials = sum(not length.is_tight for length in lengths)
     ordered = sorted(loose.values(), key=_width, reverse=True)
-    names = ", ".join(f"{layer.name} ({width_text(layer)})" for layer in ordered[:NAMES_SHOWN])
-    more = f" and {len(ordered) - NAMES_SHOWN} more" if len(ordered) > NAMES_SHOWN else ""
+    names = first_names([f"{layer.name} ({width_text(layer)})" for layer in ordered], NAMES_SHOWN)
     return (
         f"The amax of {len(ordered)} of {len(lengths[0].layers)} layers is not within {tolerance_percent:g} % after "
-        f"all {max(length.images for length in lengths)} images of {trials} of {len(lengths)} draws: {names}{more}. "
+        f"all {max(length.images for length in lengths)} images of {trials} of {len(lengths)} draws: {names}. "
         "Raise calibration.images, or calibration.tolerance_percent."
     )
 

@@ -15,12 +15,13 @@ import numpy as np
 import polars as pl
 
 from ptq.data.image_folders import tree_at
-from ptq.data.listing import Listing, Splits, is_manifest, list_local, list_remote, quoted, read_manifest, some
+from ptq.data.listing import Listing, Splits, is_manifest, list_local, list_remote, quoted, read_manifest
 from ptq.data.remote_inputs import Inputs
 from ptq.errors import ManifestError
 from ptq.records.base import Progress
 from ptq.records.data import SplitCount
 from ptq.uris import is_remote
+from ptq.wording import first_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +174,7 @@ def _content_warnings(table: pl.DataFrame, leaks: pl.DataFrame) -> tuple[str, ..
         if not rows.is_empty():
             groups = rows.group_by("sha256").agg(pl.col("path").unique().sort()).sort("path")
             examples = [" = ".join(paths[:2]) for paths in groups["path"].to_list()]
-            warnings.append(f"{len(examples)} images are {what}: {some(examples)}.")
+            warnings.append(f"{len(examples)} images are {what}: {first_names(examples)}.")
     return tuple(warnings)
 
 
@@ -185,5 +186,5 @@ def _absent_class_warnings(listing: Listing, splits: Splits) -> tuple[str, ...]:
         there = set(listing.table.filter(pl.col("split") == split)["label"])
         absent = [name for label, name in enumerate(listing.class_names) if label not in there]
         if absent:
-            warnings.append(f'Split "{split}" has no image of {len(absent)} classes: {some(absent)}.')
+            warnings.append(f'Split "{split}" has no image of {len(absent)} classes: {first_names(absent)}.')
     return tuple(warnings)

@@ -10,6 +10,7 @@ from ptq.data.image_folders import ImageTree, tree_at
 from ptq.data.remote_inputs import Inputs
 from ptq.errors import ManifestError
 from ptq.uris import is_remote
+from ptq.wording import first_names
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 MANIFEST_ENDINGS = (".csv", ".parquet")
@@ -130,7 +131,7 @@ def _list_folder(tree: ImageTree, splits: Splits) -> Listing:
             found["split"] += [split] * len(images)
     warnings: tuple[str, ...] = ()
     if ignored:
-        warnings = (f"{len(ignored)} files that do not end like images were left out: {some(ignored)}.",)
+        warnings = (f"{len(ignored)} files that do not end like images were left out: {first_names(ignored)}.",)
     table = pl.DataFrame(found, schema={"path": pl.String, "label": pl.Int64, "split": pl.String})
     return Listing(table, tree, class_names, True, warnings)
 
@@ -163,8 +164,8 @@ def _list_manifest(file: Path, source: str, tree: ImageTree, splits: Splits) -> 
     if not contradictions.is_empty():
         raise ManifestError(
             f"Manifest {source} gives {contradictions['path'].n_unique()} files more than one label: "
-            f"{some(contradictions['path'].unique().sort().to_list())}. Expected one label per file; remove the wrong "
-            "rows."
+            f"{first_names(contradictions['path'].unique().sort().to_list())}. Expected one label per file; "
+            "remove the wrong rows."
         )
     warnings: tuple[str, ...] = ()
     if table.height < used.height:
@@ -207,7 +208,7 @@ def _check_manifest_paths(source: str, tree: ImageTree, paths: pl.Series) -> Non
     absent = tree.absent(paths.to_list())
     if absent:
         raise ManifestError(
-            f"Manifest {source} names {len(absent)} files that are not there, of {len(paths)}: {some(absent)}. "
+            f"Manifest {source} names {len(absent)} files that are not there, of {len(paths)}: {first_names(absent)}. "
             f"Expected them under {tree}; correct the paths or remove the rows."
         )
 
@@ -239,7 +240,7 @@ def _manifest_classes(source: str, rows: pl.DataFrame, splits: Splits) -> tuple[
 def _check_class_known(name: str, class_names: Sequence[str], *, split: str, reference: str) -> None:
     if name not in class_names:
         raise ManifestError(
-            f'Class "{name}" of split "{split}" is not in split "{reference}", which has {some(class_names)}. '
+            f'Class "{name}" of split "{split}" is not in split "{reference}", which has {first_names(class_names)}. '
             f'Expected every class in "{reference}"; add images of it there or remove it from "{split}".'
         )
 
@@ -247,9 +248,3 @@ def _check_class_known(name: str, class_names: Sequence[str], *, split: str, ref
 def quoted(names: Sequence[str]) -> str:
     """Returns names in quotation marks, separated by commas."""
     return ", ".join(f'"{name}"' for name in names)
-
-
-def some(names: Sequence[str]) -> str:
-    """Up to three names, and how many more there are."""
-    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + rest

@@ -8,8 +8,8 @@ import numpy as np
 import polars as pl
 
 from ptq.data.index import ImageRow, rows_of_split_table
-from ptq.data.listing import some
 from ptq.errors import CalibrationError
+from ptq.wording import first_names
 
 # Keeps the order of a draw independent of the draw itself, which has the same seed.
 _ORDER_STREAM = 1
@@ -66,7 +66,7 @@ def draw_trials(
     if never:
         warnings = (
             f'No calibration image of {len(never)} of the {len(np.unique(labels))} classes in split "{split}" was '
-            f"drawn: {some([class_names[label] for label in never])}. Raise calibration.images to at least "
+            f"drawn: {first_names([class_names[label] for label in never])}. Raise calibration.images to at least "
             f"{len(np.unique(labels))} to draw from every class.",
         )
     if is_ordered:
@@ -187,8 +187,8 @@ def refuse_overlap(
         pairs = [drawn[key] if drawn[key] == evaluated[key] else f"{drawn[key]} = {evaluated[key]}" for key in shared]
         raise CalibrationError(
             f'{len(shared)} calibration images drawn from split "{split}" are also in split "{evaluated_split}", on '
-            f"which the model is evaluated: {some(sorted(pairs))}. Expected none; remove them from one of the splits, "
-            "or set data.calibration_split to another split."
+            f"which the model is evaluated: {first_names(sorted(pairs))}. Expected none; remove them from one of the "
+            "splits, or set data.calibration_split to another split."
         )
 
 

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from ptq.config import Dialect, GateConfig, WeightMethod, in_method_order
+from ptq.config import Dialect, GateConfig, WeightMethod
 from ptq.data.images import network_input
 from ptq.data.sampling import evenly_spaced
 from ptq.evaluation import gate
@@ -38,8 +38,9 @@ from ptq.networks.unfolding import unfolded_state
 from ptq.quantization.prepared import plan_from_file
 from ptq.records.benchmark import BenchmarkRecord
 from ptq.records.decision import Attempt, FloatGroup, GateDecision, LayerSensitivity, QuantizerChoice
-from ptq.records.evaluation import PairedComparison
+from ptq.records.evaluation import PairedComparison, in_method_order
 from ptq.records.plan import PlacementPlan
+from ptq.wording import first_names
 
 LAYERS_NAMED = 8
 
@@ -222,9 +223,8 @@ def groups_of_ranking(layers: Sequence[LayerSensitivity], *, limit: int) -> tupl
 
 
 def _describe_group(parts: Sequence[str]) -> str:
-    more = len(parts) - LAYERS_NAMED
-    names = ", ".join(parts[:LAYERS_NAMED]) + (f" and {more} more" if more > 0 else "")
-    return f"{'one layer' if len(parts) == 1 else f'{len(parts)} layers'} left in float: {names}"
+    count = "one layer" if len(parts) == 1 else f"{len(parts)} layers"
+    return f"{count} left in float: {first_names(parts, LAYERS_NAMED)}"
 
 
 def describe_choices(choices: Sequence[QuantizerChoice]) -> str:

@@ -11,11 +11,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ptq.config import in_method_order
 from ptq.evaluation.predictions import PredictionTables
 from ptq.numerics.paired_test import paired_comparison, sampling_std_pp
 from ptq.records.calibration import AmaxRecord
-from ptq.records.evaluation import EvaluationRecord, FlippedImage, MethodSpread, PairedComparison, Selection
+from ptq.records.evaluation import (
+    EvaluationRecord,
+    FlippedImage,
+    MethodSpread,
+    PairedComparison,
+    Selection,
+    in_method_order,
+)
 
 
 @dataclass(frozen=True, slots=True)

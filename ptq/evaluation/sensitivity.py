@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import fx, nn
 
-from ptq.config import in_method_order
 from ptq.networks.fake_quant import activate_, exportable_fake_quant, set_activation_amax_
 from ptq.numerics.metrics import sqnr_db
+from ptq.records.evaluation import in_method_order
 from ptq.records.plan import PlacementPlan
 
 BATCH_SIZE = 32

@@ -2,7 +2,7 @@
 
 Writes the files that the PyTorch way exports, from a graph in canonical form: the observed graph for calibration and
 the Q/DQ template, whose initializers are named after their quantizers. Where pairs go was decided in
-`onnx_placement`.
+`quantization.rules`.
 """
 
 from pathlib import Path

@@ -11,6 +11,9 @@ import onnx_graphsurgeon as gs
 
 from ptq.graph.qdq_graph import Layer, QdqGraph
 
+# For the annotations of those who may not import the library.
+Graph = gs.Graph
+
 
 def observed_output(name: str) -> str:
     """Returns the name of the graph output that carries the observed tensor `name`."""

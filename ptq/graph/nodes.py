@@ -2,24 +2,16 @@
 
 Answers what the graph checks ask: which quantizer stands behind a tensor, which layers carry weights, which adds are
 residual, which tensors cannot be negative, what stays in float. It passes no judgement, that is the work of
-`graph_checks.py`, and it knows graphsurgeon's nodes and tensors only through the two protocols below. Every walk ends,
+`checks`, and it knows graphsurgeon's nodes and tensors only through the two protocols below. Every walk ends,
 on a graph with a cycle or with missing inputs too, since the files of other makers are walked as well.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-QUANTIZE = "QuantizeLinear"
-DEQUANTIZE = "DequantizeLinear"
-
-# Operators that give the same result before and behind a symmetric per-tensor quantizer.
-COMMUTING = frozenset({
-    "Identity", "Dropout", "MaxPool", "GlobalMaxPool", "Relu", "Transpose", "Reshape", "Flatten", "Squeeze",
-    "Unsqueeze", "Slice", "Split", "Gather", "DepthToSpace", "SpaceToDepth", "Expand",
-})  # fmt: skip
-RESHAPING = frozenset({"Identity", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Cast"})
+from ptq.graph.operations import DEQUANTIZE, QUANTIZE, RESHAPING
 
 
 class Tensor(Protocol):
@@ -68,20 +60,14 @@ def is_zero_padding(node: Node) -> bool:
     return value is not None and not np.any(value)
 
 
-def reach(tensor: Tensor, sources: Callable[[Node], Iterable[Tensor]]) -> dict[str, Tensor]:
-    """Returns the tensor and every tensor that it is computed from, by name.
-
-    Args:
-        tensor: where the walk begins.
-        sources: which inputs of a node are followed.
-    """
-    found = {tensor.name: tensor}
-    pending = [tensor]
+def reach(tensor: Tensor) -> set[str]:
+    """Returns the names of the tensor and of every tensor that it is computed from."""
+    found, pending = {tensor.name}, [tensor]
     while pending:
         node = producer(pending.pop())
-        for source in sources(node) if node is not None else ():
+        for source in node.inputs if node is not None else ():
             if source.name not in found:
-                found[source.name] = source
+                found.add(source.name)
                 pending.append(source)
     return found
 

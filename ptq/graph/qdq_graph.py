@@ -6,10 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from ptq.graph.nodes import (
-    COMMUTING,
-    DEQUANTIZE,
-    QUANTIZE,
-    RESHAPING,
     Node,
     Tensor,
     constant,
@@ -26,20 +22,21 @@ from ptq.graph.nodes import (
     walk_back,
     zero_point_of,
 )
-
-# Operators that move or rename numbers and compute none.
-_MOVING = COMMUTING - {"MaxPool", "GlobalMaxPool", "Relu"} | {"Concat", "Shape", "Cast", "ConstantOfShape", "Range"}
-# Operators an engine computes in the last step of the INT8 layer before them.
-_EPILOGUE = frozenset({
-    "Relu", "Clip", "LeakyRelu", "PRelu", "Elu", "Sigmoid", "HardSigmoid", "HardSwish", "Mish", "Tanh", "Softplus",
-    "Erf", "Gelu", "Add", "Sub", "Mul", "Div", "BatchNormalization",
-})  # fmt: skip
-_AVERAGE_POOLS = frozenset({"AveragePool", "GlobalAveragePool"})
-_NEVER_NEGATIVE = frozenset({"Relu", "Sigmoid", "HardSigmoid", "Softmax", "Softplus", "Exp", "Abs"})
-_KEEPS_SIGN_OF_FIRST = COMMUTING | _AVERAGE_POOLS | {"ReduceMean", "ReduceMax", "ReduceSum", "Cast", "Sqrt"}
-_KEEPS_SIGN_OF_ALL = frozenset({"Concat", "Add", "Mul", "Max"})
-_ACTIVATIONS = frozenset({"Identity", "Dropout", "Relu", "Clip", "LeakyRelu", "HardSwish", "BatchNormalization"})
-_BRANCH = _ACTIVATIONS | {QUANTIZE, DEQUANTIZE}
+from ptq.graph.operations import (
+    AVERAGE_POOLS,
+    BRANCH,
+    COMMUTING,
+    CONVOLUTIONS,
+    DEQUANTIZE,
+    EPILOGUE,
+    KEEPS_SIGN_OF_ALL,
+    KEEPS_SIGN_OF_FIRST,
+    LINEAR,
+    MOVING,
+    NEVER_NEGATIVE,
+    QUANTIZE,
+    RESHAPING,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +170,7 @@ class QdqGraph:
         node = producer(tensor)
         if node is None or not node.inputs:
             return False
-        if node.op in _NEVER_NEGATIVE:
+        if node.op in NEVER_NEGATIVE:
             return True
         if node.op == "Clip":
             lowest = constant(input_at(node, 1))
@@ -182,14 +179,14 @@ class QdqGraph:
             zero_point = zero_point_of(node)
             at_zero = zero_point is not None and not zero_point.any()
             return at_zero and (zero_point.dtype == np.uint8 or self.never_negative(node.inputs[0]))  # type: ignore[union-attr]
-        if node.op in _KEEPS_SIGN_OF_ALL:
+        if node.op in KEEPS_SIGN_OF_ALL:
             return all(self.never_negative(operand) for operand in node.inputs)
-        return node.op in _KEEPS_SIGN_OF_FIRST and self.never_negative(node.inputs[0])
+        return node.op in KEEPS_SIGN_OF_FIRST and self.never_negative(node.inputs[0])
 
     def average_pools(self) -> Iterator[Node]:
         """Yields the average pools, a mean over the two last axes of an image included."""
         for node in self.nodes:
-            if node.op in _AVERAGE_POOLS and node.inputs:
+            if node.op in AVERAGE_POOLS and node.inputs:
                 yield node
             elif node.op == "ReduceMean" and node.inputs and node.inputs[0].shape and len(node.inputs[0].shape) == 4:
                 given = constant(input_at(node, 1))
@@ -200,6 +197,7 @@ class QdqGraph:
     def residual_adds(self) -> Iterator[ResidualAdd]:
         """Yields the adds of two activations that an engine can have in INT8.
 
+        What `rules.residual_adds` decides for a float network is verified here on a file of whatever maker.
         One operand ends in a quantized convolution that nothing else reads: in a MobileNetV2 the identity may be a
         convolution's output too, but the next block reads it as well, so that it is no branch. Or one is the identity,
         from which the other is computed, and a quantized convolution reads it too, as in ConvNeXt.
@@ -220,10 +218,10 @@ class QdqGraph:
         if quantize is not None and quantize.inputs:
             tensor = quantize.inputs[0]
         readers = {id(reader) for node in tensor.outputs for reader in self._behind_quantizer(node)}
-        convolutions = [layer for layer in self.layers if layer.node.op in ("Conv", "ConvTranspose")]
+        convolutions = [layer for layer in self.layers if layer.node.op in CONVOLUTIONS]
         if not any(id(layer.node) in readers and self.is_quantized(layer) for layer in convolutions):
             return False
-        return tensor.name in reach(other, lambda node: node.inputs)
+        return tensor.name in reach(other)
 
     @staticmethod
     def _behind_quantizer(node: Node) -> list[Node]:
@@ -243,14 +241,14 @@ class QdqGraph:
         int8: set[int] = set()
         result = []
         for node in self.nodes:
-            if node.op in _MOVING or node.op in (QUANTIZE, DEQUANTIZE, "Constant") or not node.inputs:
+            if node.op in MOVING or node.op in (QUANTIZE, DEQUANTIZE, "Constant") or not node.inputs:
                 continue
             if all(self._is_weight(operand) for operand in node.inputs) or is_integer(node.outputs[:1]):
                 continue
             layer = layers.get(id(node))
             if layer is not None:
                 runs_int8 = self.is_quantized(layer)
-            elif node.op in COMMUTING | _AVERAGE_POOLS | {"ReduceMean"} or is_zero_padding(node):
+            elif node.op in COMMUTING | AVERAGE_POOLS | {"ReduceMean"} or is_zero_padding(node):
                 runs_int8 = self._is_fused(node, int8) or self.dequantize_behind(node.inputs[0]) is not None
                 runs_int8 = runs_int8 or (node.op in COMMUTING and self._is_only_quantized(node))
             else:
@@ -302,9 +300,9 @@ class QdqGraph:
         first, second = input_at(node, 0), input_at(node, 1)
         if first is None or second is None or not node.outputs:
             return None
-        if node.op in ("Conv", "ConvTranspose"):
+        if node.op in CONVOLUTIONS:
             return Layer(node, first, second, input_at(node, 2), 0 if node.op == "Conv" else 1)
-        if node.op not in ("Gemm", "MatMul") or self._is_weight(first) == self._is_weight(second):
+        if node.op not in LINEAR or self._is_weight(first) == self._is_weight(second):
             return None
         bias = input_at(node, 2) if node.op == "Gemm" else None
         if self._is_weight(second):
@@ -331,20 +329,20 @@ class QdqGraph:
 
     def _ends_in_conv(self, tensor: Tensor) -> bool:
         """Whether a quantized convolution alone writes `tensor`, and nothing else reads it on the way."""
-        chain, source = walk_back(tensor, _BRANCH)
+        chain, source = walk_back(tensor, BRANCH)
         node = producer(source)
-        if node is None or node.op not in ("Conv", "ConvTranspose") or id(node) not in self._weighted:
+        if node is None or node.op not in CONVOLUTIONS or id(node) not in self._weighted:
             return False
         return self.is_private(source) and all(self.is_private(passed.outputs[0]) for passed in chain)
 
     def _is_fused(self, node: Node, int8: set[int]) -> bool:
         """Whether an operand is written by an INT8 node and read by nodes that an engine fuses behind it alone."""
-        if node.op not in _EPILOGUE:
+        if node.op not in EPILOGUE:
             return False
         for operand in node.inputs:
             writer = producer(operand)
             if writer is not None and id(writer) in int8 and operand.name not in self.output_names:
-                return all(reader.op in _EPILOGUE for reader in operand.outputs)
+                return all(reader.op in EPILOGUE for reader in operand.outputs)
         return False
 
     def _is_only_quantized(self, node: Node) -> bool:

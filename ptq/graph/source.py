@@ -16,6 +16,7 @@ from onnx.external_data_helper import load_external_data_for_model, uses_externa
 
 from ptq.errors import CheckpointError
 from ptq.files import file_sha256
+from ptq.wording import first_line
 
 # Per-channel Q/DQ exists from opset 13 on; older files are brought to the newest opset that TensorRT 8.6 reads.
 OLDEST_OPSET, OPSET = 13, 17
@@ -100,7 +101,7 @@ def _parsed(path: Path) -> onnx.ModelProto:
     try:
         model = onnx.load_model(str(path), load_external_data=False)
     except (DecodeError, ValueError, TypeError) as error:
-        raise _no_model(path, _first_line(error)) from error
+        raise _no_model(path, first_line(error)) from error
     if not model.graph.node or not model.opset_import:
         raise _no_model(path, f"it holds {len(model.graph.node)} nodes and {len(model.opset_import)} opsets")
     return model
@@ -112,7 +113,7 @@ def _load_data_(path: Path, model: onnx.ModelProto) -> None:
         load_external_data_for_model(model, str(path.parent))
     except (OSError, ValueError, onnx.checker.ValidationError) as error:
         raise CheckpointError(
-            f"{path} keeps its weights in {locations}, which cannot be read: {_first_line(error)}. Expected the data "
+            f"{path} keeps its weights in {locations}, which cannot be read: {first_line(error)}. Expected the data "
             "files in the folder of the model; copy them there."
         ) from error
 
@@ -122,10 +123,6 @@ def _no_model(path: Path, problem: str) -> CheckpointError:
         f"{path} ({path.stat().st_size:,} bytes) is not an ONNX model: {problem}. Expected a whole ONNX file; this one "
         "is cut off or of another format. Export it again."
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
 
 
 def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
@@ -207,5 +204,5 @@ def _upgraded(path: Path, model: onnx.ModelProto) -> onnx.ModelProto:
     except (onnx.checker.ValidationError, RuntimeError, ValueError, IndexError) as error:
         raise CheckpointError(
             f"{path} (opset {opset}) is no valid model of opset {OLDEST_OPSET} or newer, and cannot be made one: "
-            f"{_first_line(error)}. Export it again with opset {OPSET}."
+            f"{first_line(error)}. Export it again with opset {OPSET}."
         ) from error

@@ -9,7 +9,8 @@ from torch import nn
 
 from ptq.errors import CheckpointError
 from ptq.files import file_sha256
-from ptq.networks.factory import create_model, factory_digest, first_line
+from ptq.networks.factory import create_model, factory_digest
+from ptq.wording import first_line
 
 _STATE_KEYS = ("model_state_dict", "state_dict", "model")
 
@@ -34,7 +35,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # the two libraries raise a dozen kinds, all meaning: not a checkpoint
         raise CheckpointError(
             f"Checkpoint {path} ({path.stat().st_size:,} bytes) holds no weights that can be read safely: "
-            f"{first_line(error)} Expected a state dict written by torch.save(model.state_dict(), ...) or a "
+            f"{first_line(error)}. Expected a state dict written by torch.save(model.state_dict(), ...) or a "
             ".safetensors file."
         ) from error
     for key in _STATE_KEYS:

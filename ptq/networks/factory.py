@@ -101,12 +101,6 @@ def _replace_stem_(model: nn.Module, channels: int) -> None:
             return
 
 
-def first_line(error: Exception) -> str:
-    """Returns the first sentence of an error's message, with a full stop."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0][:160]
-    return line if line.endswith(".") else line + "."
-
-
 def factory_digest(name: str) -> str:
     """Returns the SHA-256 of the sources of a `package.module:factory`; empty for torchvision's networks.
 

@@ -11,7 +11,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from ptq.errors import ExportError
 from ptq.networks.attention import explicit_attention_
-from ptq.networks.factory import first_line, torchvision
+from ptq.networks.factory import torchvision
+from ptq.wording import first_line
 
 _IN_PLACE = {operator.iadd: operator.add, operator.imul: operator.mul}
 
@@ -41,7 +42,7 @@ def fold_model(model: nn.Module, *, input_shape: tuple[int, int, int] | None = N
         return FoldedModel(
             module=_detached_copy(model),
             traced=False,
-            warning=f"{type(model).__name__} cannot be traced by torch.fx ({first_line(error)}) Only its "
+            warning=f"{type(model).__name__} cannot be traced by torch.fx ({first_line(error)}.) Only its "
             "convolutions and linear layers are quantized: residual adds and pools stay in float, which costs speed.",
         )
     _make_functional_(graph_module)
@@ -162,7 +163,7 @@ def check_runs(module: nn.Module, *, input_shape: tuple[int, int, int], num_clas
             output = module(torch.zeros(1, *input_shape))
     except Exception as error:
         raise ExportError(
-            f"The model cannot read an image of shape {input_shape}: {first_line(error)} Check crop and channels."
+            f"The model cannot read an image of shape {input_shape}: {first_line(error)}. Check crop and channels."
         ) from error
     shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
     if shape != (1, num_classes):

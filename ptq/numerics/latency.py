@@ -14,6 +14,7 @@ import numpy as np
 from ptq.config import Precision
 from ptq.records.benchmark import EndToEnd, Measurement
 from ptq.records.graph import Int8Share
+from ptq.wording import first_names
 
 Key = TypeVar("Key", bound=Hashable)
 TimedCalls = Callable[[float, float, int], tuple[list[float], float]]
@@ -216,9 +217,7 @@ def _at_fault(share: Int8Share | None) -> str:
 
 
 def _named(names: Sequence[str]) -> str:
-    more = len(names) - NAMES_IN_A_SENTENCE
-    listed = ", ".join(names[:NAMES_IN_A_SENTENCE])
-    return f" ({listed}{f' and {more} more' if more > 0 else ''})" if names else ""
+    return f" ({first_names(names, NAMES_IN_A_SENTENCE)})" if names else ""
 
 
 def end_to_end(

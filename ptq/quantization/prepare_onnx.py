@@ -1,6 +1,6 @@
 """How does an ONNX file become what the later stages work on?
 
-The second way in, beside `preparation`: the same files, from a classifier whose PyTorch source is not at hand. What
+The second way in, beside `prepare_torch`: the same files, from a classifier whose PyTorch source is not at hand. What
 comes out is checked against what came in, on random images.
 """
 
@@ -17,12 +17,11 @@ from ptq.engines.base import Engine
 from ptq.errors import CheckpointError, EngineBuildError
 from ptq.graph.canonical import canonical_graph, read_graph, save_graph, with_shapes
 from ptq.graph.insertion import write_observed
-from ptq.graph.names import layers_of
-from ptq.graph.qdq_graph import QdqGraph
 from ptq.graph.source import OnnxSource, read_source, source_digest
-from ptq.quantization.equalize_onnx import equalize_
-from ptq.quantization.placement_onnx import place_quantizers
+from ptq.quantization.equalize import layer_factors
+from ptq.quantization.onnx_view import scale_layers_, view_of
 from ptq.quantization.prepared import PreparedModel
+from ptq.quantization.rules import place_quantizers
 from ptq.records.base import to_jsonable
 from ptq.records.plan import PlacementPlan
 
@@ -77,12 +76,10 @@ def prepare_onnx_model(
     digest = source_digest(checkpoint)
     save_graph(graph, files["weights"])
     save_graph(graph, files["fp32_onnx"], {"checkpoint_sha256": digest})
-    shaped = with_shapes(graph)
     plan = place_quantizers(
-        QdqGraph(shaped.nodes, shaped.inputs, shaped.outputs), list(layers_of(shaped)),
-        residuals=quantization.residuals, pools=quantization.pools, commuting_pools=quantization.commuting_pools,
-        first_layer=quantization.first_layer, last_layer=quantization.last_layer, skip_layers=quantization.skip_layers,
-    )  # fmt: skip
+        view_of(with_shapes(graph)),
+        **quantization.model_dump(exclude={"dialects", "bias_correction", "weight_method", "equalization"}),
+    )
     write_observed(files["weights"], files["observed_onnx"], plan=plan)
     files["plan"].write_text(json.dumps(to_jsonable(plan), indent=1))
     ends_in_softmax = graph.outputs[0].inputs[0].op == "Softmax"
@@ -105,9 +102,10 @@ def equalize_onnx_model(
         the files by the record's field names, and the number of channels that changed; no files where nothing did.
     """
     graph = read_graph(weights)
-    changed = equalize_(QdqGraph(graph.nodes, graph.inputs, graph.outputs), list(layers_of(graph)), ranges)
+    factors, changed = layer_factors(view_of(graph), ranges)
     if changed == 0:
         return {}, 0
+    scale_layers_(graph, factors)
     files = {"weights": directory / "model_equalized.onnx", "observed_onnx": directory / "observed.onnx"}
     save_graph(graph, files["weights"])
     write_observed(files["weights"], files["observed_onnx"], plan=plan)

@@ -1,7 +1,7 @@
 """How does a checkpoint become what the later stages work on?
 
 Loads the weights into the network, folds it, places quantizers and writes the FP32 graph, the observed graph
-and the Q/DQ template. Which tensors are quantized is decided in `placement`.
+and the Q/DQ template. Which tensors are quantized is decided in `rules`.
 """
 
 import json
@@ -24,9 +24,10 @@ from ptq.networks.fake_quant import fake_quant_from_folded, weight_amax
 from ptq.networks.folding import FoldedModel, check_runs, fold_model
 from ptq.networks.observed import observed_from_folded
 from ptq.networks.unfolding import unfolded_state
-from ptq.quantization.equalize_torch import equalize_
-from ptq.quantization.placement_torch import place_quantizers
+from ptq.quantization.equalize import layer_factors
 from ptq.quantization.prepared import PreparedModel
+from ptq.quantization.rules import place_quantizers
+from ptq.quantization.torch_view import scale_layers_, view_of
 from ptq.records.base import to_jsonable
 from ptq.records.plan import PlacementPlan
 
@@ -69,8 +70,7 @@ def prepare_torch_model(
     )
     check_runs(folded.module, input_shape=input_shape, num_classes=num_classes)
     plan = place_quantizers(
-        folded.module,
-        traced=folded.traced,
+        view_of(folded.module, traced=folded.traced),
         **quantization.model_dump(exclude={"dialects", "bias_correction", "weight_method", "equalization"}),
     )
     files = {
@@ -129,9 +129,10 @@ def equalize_model(
     folded = fold_model(original, input_shape=input_shape)
     if not isinstance(folded.module, fx.GraphModule):
         return {}, 0
-    changed = equalize_(folded.module, ranges, input_shape=input_shape)
+    factors, changed = layer_factors(view_of(folded.module, input_shape=input_shape), ranges)
     if changed == 0:
         return {}, 0
+    scale_layers_(folded.module, factors)
     state = unfolded_state(original, folded, folded.module)
     files = {"weights": directory / "weights_equalized.safetensors", "observed_onnx": directory / "observed.onnx"}
     safetensors.torch.save_file({key: value.contiguous() for key, value in sorted(state.items())}, files["weights"])

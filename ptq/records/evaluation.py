@@ -1,8 +1,9 @@
 """How right is each candidate, and which was selected?"""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from ptq.config import METHODS
 from ptq.records.base import ArtifactRef
 from ptq.records.calibration import AmaxRecord
 
@@ -107,3 +108,19 @@ class Selection:
     def table_among(self, tables: Sequence[AmaxRecord]) -> AmaxRecord:
         """Returns the amax table of the chosen candidate."""
         return next(each for each in tables if (each.method, each.trial) == (self.method, self.trial))
+
+
+def in_method_order(labels: Iterable[str]) -> tuple[str, ...]:
+    """Returns the labels once each: max, percentile, mse, entropy in this order, then others; else as they come.
+
+    >>> in_method_order(["mse", "max_float1", "percentile-99.9", "percentile-99", "max", "mse"])
+    ('max', 'percentile-99.9', 'percentile-99', 'mse', 'max_float1')
+    """
+    position: dict[str, int] = {method: index for index, method in enumerate(METHODS)}
+    # The name of a fallback has an underscore; a method is the part before the percentile.
+    return tuple(
+        sorted(
+            dict.fromkeys(labels),
+            key=lambda label: len(METHODS) if "_" in label else position.get(label.split("-")[0], len(METHODS)),
+        )
+    )

@@ -1,16 +1,20 @@
 """What does `verdict.json` hold?
 
 The one file a program reads after a run, as a pydantic model with a version. Reading with this model is the
-validation; nothing is computed here.
+validation; nothing is computed here. A part says which fields of a record the file shows and under which name, and is
+made by `model_validate(record)`; a record that the file shows whole is a part itself.
 """
-
-from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ptq.records.calibration import LayerLength
+from ptq.records.decision import GateDecision, PublishedDecision
+
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", from_attributes=True, validate_by_name=True, validate_by_alias=True
+    )
 
 
 class VerdictEngine(_Part):
@@ -25,7 +29,7 @@ class VerdictBaseline(_Part):
     """FP32 on the test split."""
 
     top1_percent: float
-    n_images: int = Field(ge=1)
+    n_images: int = Field(validation_alias="images", ge=1)
     loss: float
 
 
@@ -41,23 +45,12 @@ class VerdictCandidate(_Part):
     same_as: str = ""
 
 
-class VerdictLayer(_Part):
-    """Images after which a layer's amax was within the tolerance and stayed there; None if it never did.
-
-    `interval_percent` is half the width of its 95 % interval at the end, in percent of amax; None for only zeros.
-    """
-
-    name: str
-    images_needed: int | None
-    interval_percent: float | None
-
-
 class VerdictTrial(_Part):
     """The images a trial used. `layers` is empty where their number was fixed."""
 
     trial: int
     images: int
-    layers: tuple[VerdictLayer, ...] = ()
+    layers: tuple[LayerLength, ...] = ()
 
 
 class VerdictBest(_Part):
@@ -76,9 +69,9 @@ class VerdictBest(_Part):
 class VerdictLatency(_Part):
     """Latency of one batch, in milliseconds."""
 
-    median: float
-    p90: float
-    p99: float
+    median: float = Field(validation_alias="median_ms")
+    p90: float = Field(validation_alias="p90_ms")
+    p99: float = Field(validation_alias="p99_ms")
 
 
 class VerdictMeasurement(_Part):
@@ -93,8 +86,8 @@ class VerdictMeasurement(_Part):
 class VerdictInt8(_Part):
     """What ran in INT8."""
 
-    conv_int8_input_percent: float
-    conv_int8_output_percent: float
+    conv_int8_input_percent: float = Field(validation_alias="int8_input_percent")
+    conv_int8_output_percent: float = Field(validation_alias="int8_output_percent")
     reformats: int
 
 
@@ -105,13 +98,6 @@ class VerdictGraphChecks(_Part):
     warnings: int
 
 
-class VerdictGate(_Part):
-    """The decision and its reasons."""
-
-    accepted: bool
-    reasons: tuple[str, ...]
-
-
 class VerdictPublished(_Part):
     """The new model against the version in service, on the same images and in turns on the same engine.
 
@@ -120,7 +106,7 @@ class VerdictPublished(_Part):
     """
 
     version: str
-    decision: Literal["accept", "regress", "inconclusive"]
+    decision: PublishedDecision
     reasons: tuple[str, ...]
     top1_percent: float | None
     change_pp: float | None
@@ -154,10 +140,8 @@ class Verdict(_Part):
     red_flags: tuple[str, ...] = ()
     int8: VerdictInt8
     graph_checks: VerdictGraphChecks
-    gate: VerdictGate
+    gate: GateDecision
     in_service: VerdictPublished | None = None
     files: dict[str, VerdictFile]
     versions: dict[str, str]
     stage_seconds: dict[str, float]
-
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)

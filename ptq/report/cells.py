@@ -5,9 +5,13 @@ Finished tables, which the page, Markdown and the terminal share, and how number
 
 import re
 from dataclasses import dataclass
+from typing import get_args
 
+from ptq.config import Precision
+
+# In the order in which tables and pictures show them.
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 _NUMBER = re.compile(r"[-+]?[\d,]+(\.\d+)?( \*| B| kB| MB)?|n/a|ref\.|")
-PRECISION_ORDER = {"fp32": 0, "fp16": 1, "bf16": 2, "int8": 3}
 
 
 @dataclass(frozen=True, slots=True)

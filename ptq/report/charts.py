@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ptq.records.benchmark import BenchmarkRecord, Measurement
+from ptq.report.cells import PRECISIONS
 from ptq.report.inputs import ReportInputs, images_per_draw, methods_of
 
 DPI = 110
@@ -32,7 +33,6 @@ _BLUE = "#2563a8"
 _FLOAT = "#9fb3c8"
 _RED = "#b42318"
 _SMALL = 8
-_PRECISION_ORDER = ("fp32", "fp16", "bf16", "int8")
 
 
 def box_plot_png(top1_by_method: Mapping[str, Sequence[float]], *, fp32_top1_percent: float, title: str) -> bytes:
@@ -105,7 +105,7 @@ def latency_bars_png(record: BenchmarkRecord) -> bytes:
     figure = Figure(figsize=(WIDTH_INCHES, height), dpi=DPI, facecolor="white", layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     for index, batch_size in enumerate(batch_sizes):
-        measured = [found for name in _PRECISION_ORDER if (found := record.of(name, batch_size)) is not None]
+        measured = [found for name in PRECISIONS if (found := record.of(name, batch_size)) is not None]
         _draw_batch(grid[index // columns][index % columns], measured)
     for index in range(len(batch_sizes), rows * columns):
         grid[index // columns][index % columns].set_axis_off()

@@ -33,20 +33,18 @@ from ptq.records.verdict import (
     VerdictCandidate,
     VerdictEngine,
     VerdictFile,
-    VerdictGate,
     VerdictGraphChecks,
     VerdictInt8,
     VerdictLatency,
-    VerdictLayer,
     VerdictMeasurement,
     VerdictPublished,
     VerdictTrial,
 )
 from ptq.report.charts import boxplot_png
+from ptq.report.frames import benchmark_table, parquet_from_frame, results_table
 from ptq.report.html import html_report
 from ptq.report.inputs import ReportInputs, verdict_sentence
 from ptq.report.markdown import markdown_report, page_markdown
-from ptq.report.run_tables import benchmark_table, parquet_from_frame, results_table
 from ptq.storage.store import Store
 
 
@@ -84,19 +82,17 @@ def compose_verdict(
 ) -> Verdict:
     """Returns the verdict of a run; `files` are those of the run that are stored already."""
     test = findings.selection.test_split
-    baseline = findings.baseline.on(test)
     comparison = findings.selection.comparison
     chosen = _evaluation_of(findings, findings.selection.candidate).on(test)
     int8 = next(engine.int8 for engine in findings.engines if engine.precision == "int8")
-    identity = findings.benchmark.engine
     return Verdict(
         schema_version=1,
         run_id=run_id,
         model=config.model.name,
         checkpoint_sha256=findings.model.checkpoint_sha256,
         config_sha256=digest(config),
-        engine=VerdictEngine(name=identity.name, version=identity.version, device=identity.device),
-        fp32=VerdictBaseline(top1_percent=baseline.top1_percent, n_images=baseline.images, loss=baseline.loss),
+        engine=VerdictEngine.model_validate(findings.benchmark.engine),
+        fp32=VerdictBaseline.model_validate(findings.baseline.on(test)),
         calibration=_verdict_trials(findings.draws),
         candidates=_verdict_candidates(findings),
         best=VerdictBest(
@@ -113,22 +109,18 @@ def compose_verdict(
             VerdictMeasurement(
                 precision=measured.precision,
                 batch_size=measured.batch_size,
-                latency_ms=VerdictLatency(median=measured.median_ms, p90=measured.p90_ms, p99=measured.p99_ms),
+                latency_ms=VerdictLatency.model_validate(measured),
                 images_per_s=measured.throughput_images_per_s,
             )
             for measured in findings.benchmark.measurements
         ),
         red_flags=findings.benchmark.red_flags,
-        int8=VerdictInt8(
-            conv_int8_input_percent=int8.int8_input_percent,
-            conv_int8_output_percent=int8.int8_output_percent,
-            reformats=int8.reformats,
-        ),
+        int8=VerdictInt8.model_validate(int8),
         graph_checks=VerdictGraphChecks(
             errors=sum(check.errors for check in findings.checks),
             warnings=sum(check.warnings for check in findings.checks),
         ),
-        gate=VerdictGate(accepted=findings.decision.accepted, reasons=findings.decision.reasons),
+        gate=findings.decision,
         files={
             name: VerdictFile(uri=store.object_uri(ref), sha256=ref.sha256, size_bytes=ref.size_bytes)
             for name, ref in sorted(files.items())
@@ -168,13 +160,7 @@ def _evaluation_of(findings: RunFindings, candidate: str) -> EvaluationRecord:
 
 def _verdict_trials(draws: CalibrationDraws) -> tuple[VerdictTrial, ...]:
     """The images of every trial, and where their number was adaptive what each layer needed."""
-    layers = [
-        tuple(
-            VerdictLayer(name=layer.name, images_needed=layer.images_needed, interval_percent=layer.interval_percent)
-            for layer in length.layers
-        )
-        for length in draws.lengths
-    ] or [()] * len(draws.indices)
+    layers = [length.layers for length in draws.lengths] or [()] * len(draws.indices)
     return tuple(
         VerdictTrial(trial=trial, images=len(draw), layers=needed)
         for trial, (draw, needed) in enumerate(zip(draws.indices, layers, strict=True))

@@ -1,20 +1,21 @@
 """Which facts of a run does the report tell, in numbers and sentences?"""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ptq.config import in_method_order
 from ptq.evaluation.predictions import ClassMetrics
 from ptq.records.benchmark import BenchmarkRecord, Measurement
 from ptq.records.calibration import CalibrationDraws
 from ptq.records.data import DataRecord
 from ptq.records.decision import Attempt, PublishedComparison
-from ptq.records.evaluation import EvaluationRecord, Selection, SplitMetrics
+from ptq.records.evaluation import EvaluationRecord, Selection, SplitMetrics, in_method_order
 from ptq.records.graph import EngineRecord, GraphChecks
 from ptq.records.plan import ModelRecord, PlacementPlan
 from ptq.records.verdict import Verdict
 from ptq.report.cells import drop_phrase, fixed, interval_text, probability, ratio_text
+from ptq.wording import first_names
 
+# The page lists all of them elsewhere.
 LAYERS_IN_A_SENTENCE = 8
 
 
@@ -126,22 +127,16 @@ def slow_sentences(inputs: ReportInputs) -> list[str]:
         engines = int8_engines(inputs)
         engine = next((item for item in engines if item.batch_size == int8.batch_size), engines[0] if engines else None)
         if engine is not None:
-            names = first_names(engine.int8.float_layers)
+            names = first_names(engine.int8.float_layers, LAYERS_IN_A_SENTENCE)
             count = (
                 f"{len(engine.int8.float_layers)} of {engine.int8.layers} convolutions and linear layers ran in float"
             )
             sentence += f" {count}: {names};" if names else f" {count};"
-            converted = first_names(engine.int8.reformat_layers)
+            converted = first_names(engine.int8.reformat_layers, LAYERS_IN_A_SENTENCE)
             sentence += f" the engine converts between types {engine.int8.reformats} times"
             sentence += f": {converted}." if converted else "."
         sentences.append(sentence)
     return sentences
-
-
-def first_names(names: Sequence[str]) -> str:
-    """The names in one line; a long list is cut, as the page lists all of them elsewhere."""
-    more = len(names) - LAYERS_IN_A_SENTENCE
-    return ", ".join(names[:LAYERS_IN_A_SENTENCE]) + (f" and {more} more" if more > 0 else "")
 
 
 def run_warnings(inputs: ReportInputs) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from ptq.report.cells import Table
 from ptq.report.charts import boxplot_png
-from ptq.report.inputs import ReportInputs, first_names, run_warnings, slow_sentences, verdict_sentence
+from ptq.report.inputs import LAYERS_IN_A_SENTENCE, ReportInputs, run_warnings, slow_sentences, verdict_sentence
 from ptq.report.page_parts import data_uri
 from ptq.report.run_tables import (
     WORST_SHOWN,
@@ -25,6 +25,7 @@ from ptq.report.run_tables import (
     tables_of_published,
     trials_table,
 )
+from ptq.wording import first_names
 
 
 def markdown_text(text: str) -> str:
@@ -42,7 +43,7 @@ def markdown_report(inputs: ReportInputs) -> str:
     findings, _ = findings_tables(inputs.checks)
     warnings = run_warnings(inputs)
     slow = [f"**{markdown_text(sentence)}**\n" for sentence in slow_sentences(inputs)]
-    float_layers = first_names(inputs.plan.float_layers) or "none"
+    float_layers = first_names(inputs.plan.float_layers, LAYERS_IN_A_SENTENCE) or "none"
     parts = [
         f"# INT8 quantization of {markdown_text(inputs.verdict.model)}\n",
         f"**{markdown_text(verdict_sentence(inputs))}**\n",

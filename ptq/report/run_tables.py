@@ -1,24 +1,21 @@
-"""What did a run find, told to a person?
+"""Which tables tell a person what a run found?
 
-Records in, documents out: one HTML file that needs nothing else, Markdown, tables for a terminal and for Parquet.
-Every fact is put into a `Table` once; the three presentations share it. Nothing is measured or decided here.
+Records in, finished tables out: every fact is put into a `Table` once, and the page, Markdown and the terminal share
+it. Nothing is measured or decided here.
 """
 
 import heapq
-import io
-from collections.abc import Sequence
-
-import polars
+from collections.abc import Callable, Mapping, Sequence
 
 from ptq.evaluation.versus_published import NOTABLE_DRIFT, drift_factor
-from ptq.records.benchmark import BenchmarkRecord
+from ptq.records.benchmark import Measurement
 from ptq.records.calibration import LayerLength
 from ptq.records.decision import PublishedComparison
 from ptq.records.graph import GraphChecks
 from ptq.records.plan import PlacementPlan
 from ptq.records.verdict import VerdictCandidate
 from ptq.report.cells import (
-    PRECISION_ORDER,
+    PRECISIONS,
     Table,
     fixed,
     interval_text,
@@ -29,10 +26,10 @@ from ptq.report.cells import (
     size_text,
     with_unit,
 )
+from ptq.report.frames import results_table
 from ptq.report.inputs import (
     ReportInputs,
     class_name,
-    evaluation_of,
     images_per_draw,
     int8_engines,
     methods_of,
@@ -43,48 +40,15 @@ from ptq.report.inputs import (
 FLIPPED_IMAGES_SHOWN = 50
 CLASSES_IN_A_TABLE = 50
 WORST_SHOWN = 20
-
-
-def results_table(inputs: ReportInputs) -> polars.DataFrame:
-    """Returns a row per candidate, those that share an amax table included, in the order of the verdict."""
-    selection = inputs.selection
-    rows = []
-    for candidate in inputs.verdict.candidates:
-        evaluation = evaluation_of(inputs, candidate.id)
-        metrics = evaluation.on(selection.test_split)
-        rows.append(
-            {
-                "id": candidate.id,
-                "trial": candidate.trial,
-                "method": candidate.method,
-                "top1_percent": candidate.top1_percent,
-                "drop_pp": candidate.drop_pp,
-                "loss": candidate.loss,
-                "sqnr_db": metrics.sqnr_db,
-                "agreement_percent": metrics.agreement_percent,
-                "selection_top1_percent": evaluation.on(selection.selection_split).top1_percent,
-                "same_as": candidate.same_as,
-                "chosen": candidate.id == selection.candidate,
-            }
-        )
-    return polars.DataFrame(rows, schema_overrides={"sqnr_db": polars.Float64, "agreement_percent": polars.Float64})
-
-
-def benchmark_table(record: BenchmarkRecord) -> polars.DataFrame:
-    """Returns a row per precision and batch size, with every raw sample in milliseconds in the column `samples_ms`."""
-    numbers = ("median_ms", "mean_ms", "p90_ms", "p95_ms", "p99_ms", "throughput_images_per_s")
-    lists = ("rounds_median_ms", "samples_ms")
-    schema: dict[str, polars.DataType | type[polars.DataType]] = {
-        "precision": polars.String,
-        "batch_size": polars.Int64,
-    }
-    schema |= dict.fromkeys(numbers, polars.Float64)
-    schema |= dict.fromkeys(lists, polars.List(polars.Float64))
-    rows = [
-        {name: list(value) if isinstance(value := getattr(item, name), tuple) else value for name in schema}
-        for item in record.measurements
-    ]
-    return polars.DataFrame(rows, schema=schema)
+LAYERS_SHOWN = 10
+# The times of the latency table, in milliseconds, by column: a number to add is one entry.
+LATENCIES: Mapping[str, Callable[[Measurement], float]] = {
+    "Median, ms": lambda item: item.median_ms,
+    "Mean, ms": lambda item: item.mean_ms,
+    "p90, ms": lambda item: item.p90_ms,
+    "p95, ms": lambda item: item.p95_ms,
+    "p99, ms": lambda item: item.p99_ms,
+}
 
 
 def terminal_tables(inputs: ReportInputs) -> tuple[Table, ...]:
@@ -240,11 +204,11 @@ def per_class_table(inputs: ReportInputs) -> Table:
 def latency_table(inputs: ReportInputs) -> Table:
     """Returns latency and throughput of each precision and batch size."""
     record = inputs.benchmark
-    measured = sorted(record.measurements, key=lambda item: (item.batch_size, PRECISION_ORDER[item.precision]))
+    measured = sorted(record.measurements, key=lambda item: (item.batch_size, PRECISIONS.index(item.precision)))
     digits = 3 if min((item.median_ms for item in measured), default=1.0) < 1 else 2
     rows = []
     for item in measured:
-        times = (item.median_ms, item.mean_ms, item.p90_ms, item.p95_ms, item.p99_ms)
+        times = (value(item) for value in LATENCIES.values())
         base = record.of("fp32", item.batch_size)
         changes = (
             ("ref.", "ref.")
@@ -260,7 +224,7 @@ def latency_table(inputs: ReportInputs) -> Table:
         cells = (item.precision.upper(), str(item.batch_size), *(f"{value:,.{digits}f}" for value in times), speed)
         rows.append((*cells, *changes))
     slower = {(slow.precision, slow.batch_size) for slow, _ in slower_than_float(record)}
-    columns = ("Precision", "Batch", "Median, ms", "Mean, ms", "p90, ms", "p95, ms", "p99, ms", "Images/s")
+    columns = ("Precision", "Batch", *LATENCIES, "Images/s")
     return Table(
         f"Latency and throughput on {record.engine.name} {record.engine.version}",
         (*columns, "Median latency against FP32, %", "Throughput against FP32, %"),
@@ -298,7 +262,7 @@ def engines_table(inputs: ReportInputs) -> Table:
             fixed(item.build_s, 1),
             item.blob.sha256,
         )
-        for item in sorted(inputs.engines, key=lambda item: (item.batch_size, PRECISION_ORDER[item.precision]))
+        for item in sorted(inputs.engines, key=lambda item: (item.batch_size, PRECISIONS.index(item.precision)))
     )
     return Table("Engines built", ("Precision", "Batch", "Size", "Build, s", "SHA-256"), rows)
 
@@ -450,16 +414,6 @@ def _trial_cell(candidate: VerdictCandidate | None, chosen: str) -> str:
     if candidate is None:
         return "n/a"
     return f"{fixed(candidate.top1_percent, 2)}{' *' if candidate.id == chosen else ''}"
-
-
-def parquet_from_frame(frame: polars.DataFrame) -> bytes:
-    """Returns a table as Parquet."""
-    buffer = io.BytesIO()
-    frame.write_parquet(buffer)
-    return buffer.getvalue()
-
-
-LAYERS_SHOWN = 10
 
 
 def tables_of_published(comparison: PublishedComparison) -> tuple[Table, ...]:

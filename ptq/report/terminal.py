@@ -14,6 +14,7 @@ from ptq.records.graph import GraphChecks, GraphFinding
 from ptq.records.verdict import Verdict, VerdictMeasurement, VerdictPublished
 from ptq.report.cells import Table, fixed, interval_text, percent_change, probability
 from ptq.storage.garbage import Collection
+from ptq.wording import first_names
 
 CLASSES_SHOWN = 20
 NODES_SHOWN = 3
@@ -139,8 +140,7 @@ def table_of_checks(checks: GraphChecks) -> Table:
 
 def _first_nodes(group: Sequence[GraphFinding]) -> str:
     names = list(dict.fromkeys(finding.node or "whole graph" for finding in group))
-    more = len(names) - NODES_SHOWN
-    return ", ".join(names[:NODES_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
+    return first_names(names, NODES_SHOWN)
 
 
 def table_of_benchmark(results: Sequence[FileMeasurement]) -> Table:

@@ -12,7 +12,7 @@ from flows.quantize_model import quantize_model
 from flows.train_model import train_model
 from ptq.api import evaluate_file, export_files
 from ptq.config import DataConfig, PreprocessingConfig, PtqConfig, TrainingConfig
-from ptq.data import index
+from ptq.data import decoding
 from ptq.errors import CheckpointError
 from ptq.storage.s3_reader import RemoteObjects
 from ptq.storage.store import open_store
@@ -55,7 +55,7 @@ def put_checkpoint(client, folder, *, seed):
 def work(monkeypatch):
     """The keys of the objects that were read, and the images that were decoded."""
     done = {"read": [], "decoded": []}
-    open_object, decode_image = RemoteObjects._open, index.decode_image
+    open_object, decode_image = RemoteObjects._open, decoding.decode_image
 
     def noted_open(self, **which):
         done["read"].append(which["Key"])
@@ -66,7 +66,7 @@ def work(monkeypatch):
         return decode_image(data, **options)
 
     monkeypatch.setattr(RemoteObjects, "_open", noted_open)
-    monkeypatch.setattr(index, "decode_image", noted_decode)
+    monkeypatch.setattr(decoding, "decode_image", noted_decode)
     return done
 
 

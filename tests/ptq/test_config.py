@@ -1,7 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
-from ptq.config import CalibrationConfig, PtqConfig, RunnerConfig, in_method_order
+from ptq.config import CalibrationConfig, PtqConfig, RunnerConfig
 
 MODEL = {"model": {"name": "resnet18", "checkpoint": "a.pth"}, "data": {"path": "images"}}
 
@@ -51,11 +51,6 @@ def test_two_percentiles_are_enough_to_choose_a_method_per_layer():
 def test_both_usual_percentiles_are_compared_unless_told_otherwise():
     found = CalibrationConfig(methods=("percentile",)).labelled_methods
     assert [item.label for item in found] == ["percentile-99.99", "percentile-99.95"]
-
-
-def test_labels_of_percentiles_stand_where_the_method_stands():
-    labels = ["per_layer", "entropy", "percentile-99.9", "mse", "percentile-99", "max"]
-    assert in_method_order(labels) == ("max", "percentile-99.9", "percentile-99", "mse", "entropy", "per_layer")
 
 
 def test_without_a_tolerance_there_is_no_stopping_rule():

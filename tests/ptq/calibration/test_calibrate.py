@@ -18,7 +18,7 @@ from ptq.quantization.prepared import PreparedModel
 from ptq.records.base import ArtifactRef
 from ptq.records.calibration import CalibrationDraws
 from ptq.records.data import PreparedImages
-from tests.ptq.quantization.test_equalize_torch import with_uneven_channels
+from tests.ptq.quantization.test_equalize import with_uneven_channels
 from tests.support.networks import PLACEMENT, SmallResNet
 
 NAME = "tests.support.networks:SmallResNet"

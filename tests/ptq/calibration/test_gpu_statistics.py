@@ -15,7 +15,8 @@ from ptq.networks.folding import fold_model
 from ptq.networks.observed import observed_from_folded
 from ptq.numerics.bias_correction import channel_sums_of, empty_channel_sums, merge_channel_sums
 from ptq.numerics.histogram import MIN_EXPONENT, add_, empty_histograms, histograms_of
-from ptq.quantization.placement_torch import place_quantizers
+from ptq.quantization.rules import place_quantizers
+from ptq.quantization.torch_view import view_of
 
 CPU = torch.device("cpu")
 NAMES = ["input", "relu"]
@@ -199,7 +200,7 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), dtype=np.uint
 @pytest.fixture(scope="module")
 def observed():
     folded = fold_model(small_resnet(), input_shape=(3, 16, 16))
-    plan = place_quantizers(folded.module, traced=folded.traced, **PLACEMENT)
+    plan = place_quantizers(view_of(folded.module, traced=folded.traced), **PLACEMENT)
     return observed_from_folded(folded.module, plan), plan
 
 

@@ -3,12 +3,12 @@
 import numpy as np
 import onnx
 import pytest
+from checked_graphs import sound_graph
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from ptq.checks.run import check_graph
 from ptq.errors import ExportError
 from ptq.records.graph import GraphChecks
-from tests.ptq.checks.test_run import sound_graph
 
 
 def drop_an_input(model: ModelProto, random: np.random.Generator) -> None:

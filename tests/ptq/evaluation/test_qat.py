@@ -10,7 +10,8 @@ from ptq.evaluation.qat import fine_tune_
 from ptq.networks.fake_quant import fake_quant_from_folded, weight_amax
 from ptq.networks.folding import fold_model
 from ptq.networks.unfolding import unfolded_state
-from ptq.quantization.placement_torch import place_quantizers
+from ptq.quantization.rules import place_quantizers
+from ptq.quantization.torch_view import view_of
 
 MEAN, STD = [0.5] * 3, [0.25] * 3
 
@@ -36,7 +37,7 @@ class Network:
         self.original = (model or small_resnet()).eval()
         self.folded = fold_model(self.original)
         module = self.folded.module
-        self.plan = place_quantizers(module, traced=self.folded.traced, **PLACEMENT)
+        self.plan = place_quantizers(view_of(module, traced=self.folded.traced), **PLACEMENT)
         self.fake_quant = fake_quant_from_folded(
             module, self.plan, dialect="cpu", activation_amax={spec.name: 4.0 for spec in self.plan.activations},
             weight_amax=weight_amax(module, self.plan),

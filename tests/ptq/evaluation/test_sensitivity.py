@@ -16,7 +16,8 @@ from ptq.evaluation.sensitivity import (
 from ptq.networks.fake_quant import fake_quant_from_folded, weight_amax
 from ptq.networks.folding import fold_model
 from ptq.numerics.metrics import SQNR_LIMIT_DB
-from ptq.quantization.placement_torch import place_quantizers
+from ptq.quantization.rules import place_quantizers
+from ptq.quantization.torch_view import view_of
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,7 +44,7 @@ class TwoLinears(nn.Module):
 
 def prepared(model):
     folded = fold_model(model.eval())
-    return folded.module, place_quantizers(folded.module, traced=folded.traced, **PLACEMENT)
+    return folded.module, place_quantizers(view_of(folded.module, traced=folded.traced), **PLACEMENT)
 
 
 def fake_quant(module, plan, table, weights=None):

@@ -12,7 +12,8 @@ from ptq.networks.factory import create_model
 from ptq.networks.fake_quant import fake_quant_from_folded, weight_amax
 from ptq.networks.folding import fold_model
 from ptq.networks.observed import observed_from_folded
-from ptq.quantization.placement_torch import place_quantizers
+from ptq.quantization.rules import place_quantizers
+from ptq.quantization.torch_view import view_of
 from tests.support.networks import PLACEMENT
 
 METADATA = {"checkpoint_sha256": "0" * 64, "method": "max", "trial": "0"}
@@ -29,7 +30,7 @@ def findings_of(model, directory, *, side, **options):
     """Errors and warnings for the Q/DQ graphs of both dialects of a network calibrated on one random batch."""
     shape = (3, side, side)
     folded = fold_model(model, input_shape=shape)
-    plan = place_quantizers(folded.module, traced=folded.traced, **{**PLACEMENT, **options})
+    plan = place_quantizers(view_of(folded.module, traced=folded.traced), **{**PLACEMENT, **options})
     images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         logits, *tensors = observed_from_folded(folded.module, plan)(images)

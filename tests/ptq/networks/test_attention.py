@@ -8,7 +8,8 @@ from ptq.networks.attention import original_name
 from ptq.networks.factory import create_model
 from ptq.networks.folding import fold_model
 from ptq.networks.unfolding import unfolded_state
-from ptq.quantization.placement_torch import place_quantizers
+from ptq.quantization.rules import place_quantizers
+from ptq.quantization.torch_view import view_of
 from tests.support.networks import PLACEMENT, small_vision_transformer
 
 GENERATOR = torch.Generator()
@@ -56,7 +57,7 @@ def test_a_swin_transformer_computes_the_same_logits_with_explicit_projections(s
 
 def test_every_linear_layer_of_a_vision_transformer_gets_quantizers(vision_transformer):
     folded = fold_model(vision_transformer)
-    plan = place_quantizers(folded.module, traced=True, **PLACEMENT)
+    plan = place_quantizers(view_of(folded.module), **PLACEMENT)
     block = "encoder.layers.encoder_layer_1"
     assert plan.float_layers == ()
     assert len(plan.quantized_layers) == 1 + 2 * 4 + 1
@@ -66,7 +67,7 @@ def test_every_linear_layer_of_a_vision_transformer_gets_quantizers(vision_trans
 
 
 def test_every_linear_layer_of_a_swin_transformer_gets_quantizers(swin):
-    plan = place_quantizers(fold_model(swin).module, traced=True, **PLACEMENT)
+    plan = place_quantizers(view_of(fold_model(swin).module), **PLACEMENT)
     own = [name for name, module in swin.named_modules()
            if isinstance(module, nn.Linear | nn.Conv2d) and "cpb_mlp" not in name]  # fmt: skip
     assert sorted(plan.quantized_layers) == sorted(own)

@@ -23,7 +23,8 @@ from ptq.networks.fake_quant import (
 )
 from ptq.networks.folding import fold_model
 from ptq.networks.observed import observed_from_folded
-from ptq.quantization.placement_torch import place_quantizers
+from ptq.quantization.rules import place_quantizers
+from ptq.quantization.torch_view import view_of
 
 SHAPE = (3, 16, 16)
 IMAGES = torch.rand(8, *SHAPE, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -35,7 +36,7 @@ class Prepared:
     def __init__(self, model, directory):
         self.folded = fold_model(model)
         self.plan = place_quantizers(
-            self.folded.module, traced=self.folded.traced, residuals=True, pools=True, commuting_pools=True,
+            view_of(self.folded.module, traced=self.folded.traced), residuals=True, pools=True, commuting_pools=True,
             first_layer=True, last_layer=True, skip_layers=(),
         )  # fmt: skip
         with torch.inference_mode():

@@ -15,11 +15,11 @@ from ptq.graph.names import layers_of
 from ptq.networks.factory import create_model
 from ptq.networks.folding import fold_model
 from ptq.numerics.channel_factors import channel_ranges
-from ptq.quantization.equalize_torch import equalize_
-from ptq.quantization.placement_onnx import layer_name
+from ptq.quantization.onnx_view import layer_name
 from ptq.quantization.prepare_onnx import equalize_onnx_model
 from tests.ptq.graph.test_source import run
-from tests.ptq.quantization.test_placement_onnx import Fire, Gate, ZeroPadded, prepared
+from tests.ptq.quantization.test_equalize import equalize_
+from tests.ptq.quantization.test_onnx_view import Fire, Gate, ZeroPadded, prepared
 
 
 class Joined(nn.Module):
@@ -104,7 +104,7 @@ def test_every_weight_gets_the_factor_of_the_pytorch_way(tmp_path, network, size
 
 def torch_ranges(model, found, shape):
     """The ranges of `ranges_of` under the names of the PyTorch way, quantizer by quantizer in readers."""
-    from tests.ptq.quantization.test_placement_onnx import torch_plan
+    from tests.ptq.quantization.test_onnx_view import torch_plan
 
     ranges, plan = ranges_of(found, shape), torch_plan(model)
     by_reader = {}

@@ -10,7 +10,7 @@ from ptq.errors import UsageError
 from ptq.records.base import ArtifactRef, to_jsonable
 from ptq.records.benchmark import BenchmarkRecord, Measurement
 from ptq.records.data import PreparedImages
-from ptq.records.decision import RunResult
+from ptq.records.decision import GateDecision, RunResult
 from ptq.records.graph import EngineIdentity
 from ptq.records.verdict import (
     Verdict,
@@ -18,7 +18,6 @@ from ptq.records.verdict import (
     VerdictBest,
     VerdictCandidate,
     VerdictEngine,
-    VerdictGate,
     VerdictGraphChecks,
     VerdictInt8,
     VerdictLatency,
@@ -81,7 +80,7 @@ def result_of(store, *, decision="accept", reasons=("the drop is small",), bench
             for each in benchmark.measurements
         ),
         int8=VerdictInt8(conv_int8_input_percent=100.0, conv_int8_output_percent=100.0, reformats=0),
-        graph_checks=VerdictGraphChecks(errors=0, warnings=0), gate=VerdictGate(accepted=True, reasons=()),
+        graph_checks=VerdictGraphChecks(errors=0, warnings=0), gate=GateDecision(accepted=True, reasons=()),
         files={}, versions={}, stage_seconds={},
     )  # fmt: skip
     return RunResult(

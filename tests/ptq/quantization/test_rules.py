@@ -1,6 +1,7 @@
 import pytest
 import torch
 from networks import (
+    PLACEMENT,
     Inception,
     Mixer,
     PermutedIntoLayer,
@@ -14,22 +15,18 @@ from networks import (
     small_swin,
     small_vision_transformer,
 )
-from torch import fx, nn
+from torch import nn
 
 from ptq.errors import UsageError
 from ptq.networks.factory import create_model
 from ptq.networks.folding import fold_model
-from ptq.quantization.placement_torch import identity_operand, is_never_negative, place_quantizers, residual_adds
-
-ALL = {
-    "residuals": True, "pools": True, "commuting_pools": True, "first_layer": True, "last_layer": True,
-    "skip_layers": (),
-}  # fmt: skip
+from ptq.quantization.rules import identity_operand, place_quantizers, residual_adds
+from ptq.quantization.torch_view import view_of
 
 
 def plan_of(model, **options):
     folded = fold_model(model)
-    return place_quantizers(folded.module, traced=folded.traced, **{**ALL, **options})
+    return place_quantizers(view_of(folded.module, traced=folded.traced), **{**PLACEMENT, **options})
 
 
 def spec(plan, name):
@@ -96,32 +93,30 @@ def test_skipping_every_layer_is_refused():
     ("name", "adds"), [("resnet18", 8), ("resnet50", 16), ("mobilenet_v2", 10), ("regnet_y_400mf", 16)]
 )
 def test_every_residual_add_of_a_torchvision_network_gets_exactly_one_quantized_operand(name, adds):
-    folded = fold_model(create_model(name, num_classes=10, channels=3))
-    plan = place_quantizers(folded.module, traced=folded.traced, **ALL)
-    nodes = {node.name: node for node in folded.module.graph.nodes}
-    found = residual_adds(folded.module, plan.quantized_layers)
+    view = view_of(fold_model(create_model(name, num_classes=10, channels=3)).module)
+    plan = place_quantizers(view, **PLACEMENT)
+    found = residual_adds(view, plan.quantized_layers)
     assert len(found) == adds
     for add in found:
         reads = [a for a in plan.activations if add.name in a.readers]
         # A pool between quantizer and add passes the quantized value on.
         through_pool = [
             a for a in plan.activations
-            if any(reader in [o.name for o in add.args if isinstance(o, fx.Node)] for reader in a.readers)
+            if any(reader in [operand.name for operand in add.inputs] for reader in a.readers)
             and "pool" in a.readers[0]
         ]  # fmt: skip
         assert len(reads) + len(through_pool) == 1
-        assert identity_operand(folded.module, add) in [nodes[o.name] for o in add.args if isinstance(o, fx.Node)]
+        assert identity_operand(add) in add.inputs
 
 
 def test_in_mobilenet_v2_the_operand_from_which_the_other_is_computed_is_the_identity():
-    folded = fold_model(create_model("mobilenet_v2", num_classes=10, channels=3))
-    add = residual_adds(folded.module, ())[0]
-    assert identity_operand(folded.module, add).name == "features_2_conv_2"
+    add = residual_adds(view_of(fold_model(create_model("mobilenet_v2", num_classes=10, channels=3)).module), ())[0]
+    assert identity_operand(add).name == "features_2_conv_2"
 
 
 def test_the_operands_of_a_concat_share_one_quantizer():
     folded = fold_model(create_model("squeezenet1_1", num_classes=10, channels=3))
-    plan = place_quantizers(folded.module, traced=folded.traced, **ALL)
+    plan = place_quantizers(view_of(folded.module, traced=folded.traced), **PLACEMENT)
     shared = [activation for activation in plan.activations if len(activation.tensors) > 1]
     assert len(shared) == 8
     assert all(len(activation.tensors) == 2 and activation.never_negative for activation in shared)
@@ -302,30 +297,6 @@ class Permuted(nn.Module):
         x = torch.nn.functional.layer_norm(x, (3,)).permute(0, 3, 1, 2)
         last = self.last(x)
         return last.mean((2, 3)) + x.sum() if self.reads_twice else last.mean((2, 3))
-
-
-class Signs(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 3, 1)
-
-    def forward(self, x):
-        raw = self.conv(x)
-        rectified = torch.relu(raw)
-        shifted = rectified + -1.0
-        doubled = rectified * 2.0
-        summed = rectified + torch.sigmoid(raw)
-        mixed = rectified + raw
-        joined = torch.cat([doubled, summed], 1)
-        subtracted = torch.sub(rectified, summed), torch.add(rectified, summed, alpha=-1), rectified.add(other=-1)
-        return raw, rectified, shifted, doubled, summed, mixed, torch.flatten(joined, 1), *subtracted
-
-
-def test_never_negative_is_proved_from_the_operations():
-    module = fx.symbolic_trace(Signs())
-    (output,) = [node for node in module.graph.nodes if node.op == "output"]
-    proved = [is_never_negative(module, node) for node in output.args[0]]
-    assert proved == [False, True, False, True, True, False, True, False, False, False]
 
 
 class Means(nn.Module):

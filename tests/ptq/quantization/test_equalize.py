@@ -11,8 +11,9 @@ from ptq.networks.folding import fold_model
 from ptq.networks.observed import observed_from_folded
 from ptq.networks.unfolding import unfolded_state
 from ptq.numerics.channel_factors import channel_ranges
-from ptq.quantization.equalize_torch import equalize_
-from ptq.quantization.placement_torch import place_quantizers
+from ptq.quantization.equalize import layer_factors
+from ptq.quantization.rules import place_quantizers
+from ptq.quantization.torch_view import scale_layers_, view_of
 from tests.support.networks import PLACEMENT, SmallResNet
 
 SHAPE = (3, 32, 32)
@@ -20,11 +21,18 @@ SHAPE = (3, 32, 32)
 
 def ranges_of(module, images):
     """Ranges of every observed tensor, and the observed tensors themselves."""
-    plan = place_quantizers(module, traced=True, **PLACEMENT)
+    plan = place_quantizers(view_of(module), **PLACEMENT)
     with torch.inference_mode():
         _, *tensors = observed_from_folded(module, plan)(images)
     found = channel_ranges([tensor.numpy() for tensor in tensors], axes=[1] * len(tensors))
     return dict(zip(observed_names(plan), found, strict=True))
+
+
+def equalize_(module, ranges, *, input_shape):
+    """Scales the layers of a folded model by their factors, and returns the number of channels that changed."""
+    factors, changed = layer_factors(view_of(module, input_shape=input_shape), ranges)
+    scale_layers_(module, factors)
+    return changed
 
 
 def spread(ranges):

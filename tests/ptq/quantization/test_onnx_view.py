@@ -19,8 +19,9 @@ from ptq.graph.candidate import read_layers, write_candidate
 from ptq.graph.insertion import write_qdq_template
 from ptq.networks.factory import create_model
 from ptq.networks.folding import fold_model
-from ptq.quantization.placement_torch import place_quantizers
 from ptq.quantization.prepare_onnx import prepare_onnx_model
+from ptq.quantization.rules import place_quantizers
+from ptq.quantization.torch_view import view_of
 
 
 def prepared(path, directory, *, shape=(3, 8, 8), classes=4, named=True, **options):
@@ -64,7 +65,7 @@ def signature(plan):
 def torch_plan(model, **options):
     folded = fold_model(model)
     assert folded.traced
-    return place_quantizers(folded.module, traced=True, **{**networks.PLACEMENT, **options})
+    return place_quantizers(view_of(folded.module), **{**networks.PLACEMENT, **options})
 
 
 def assert_same_placement(model, directory, *, size=24, classes=4, dynamic=False, **options):
@@ -252,7 +253,7 @@ def test_an_observed_tensor_has_the_values_of_the_pytorch_way(tmp_path):
 
 @pytest.mark.parametrize("dialect", ["cpu", "tensorrt"])
 def test_a_candidate_gives_the_logits_of_the_pytorch_way(tmp_path, dialect):
-    from tests.support.networks.test_export import SHAPE, Prepared, run_onnx
+    from tests.ptq.networks.test_export import SHAPE, Prepared, run_onnx
 
     model = networks.small_resnet()
     (tmp_path / "torch").mkdir()
