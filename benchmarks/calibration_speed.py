@@ -28,7 +28,6 @@ from pathlib import Path
 
 import numpy as np
 import openvino
-import safetensors.torch
 import torch
 
 from benchmarks.subject import Subject, arguments, temporary_subject, write_result
@@ -38,8 +37,8 @@ from ptq.config import METHODS
 from ptq.data.images import network_input
 from ptq.dialect import observed_names
 from ptq.engines import open_activation_readers
+from ptq.networks.network import NetworkKind, network_from_weights
 from ptq.networks.observed import observed_from_folded
-from ptq.quantization.prepare_torch import folded_from_state
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -128,11 +127,8 @@ def parts_of(subject: Subject, pixels: np.ndarray, *, threads: int, torch_images
         )
         nncf.quantize(model, dataset, subset_size=len(pixels))
 
-    state = safetensors.torch.load_file(files["weights"])
-    folded = folded_from_state(
-        state, name=subject.options.model, num_classes=subject.prepared.num_classes, input_shape=subject.shape,
-        source="weights",
-    ).module.eval()  # fmt: skip
+    kind = NetworkKind(subject.options.model, subject.prepared.num_classes, subject.shape)
+    folded = network_from_weights(files["weights"], kind).folded.module.eval()
     observed = observed_from_folded(folded, plan)
     inputs = torch.from_numpy(network_input(pixels[:torch_images], mean=mean, std=std))
     every, some = len(pixels), len(inputs)

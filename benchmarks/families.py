@@ -38,9 +38,10 @@ from ptq.files import npy_from_array
 from ptq.graph.candidate import write_candidate
 from ptq.graph.summary import summarize_onnx
 from ptq.networks.fake_quant import exportable_fake_quant, fake_quant_from_folded, weight_amax
+from ptq.networks.network import NetworkKind, network_from_weights
 from ptq.numerics.latency import TimedCalls, interleave, summarize
 from ptq.numerics.metrics import cosine_per_image, sqnr_db
-from ptq.quantization.prepare_torch import folded_from_state, prepare_torch_model, write_template
+from ptq.quantization.prepare_torch import prepare_torch_model, write_template
 from ptq.quantization.prepared import PreparedModel
 
 DIALECTS: tuple[Dialect, ...] = ("cpu", "tensorrt")
@@ -105,10 +106,8 @@ def structure(network: Network) -> dict[str, Any]:
         template, weights=prepared.files["weights"], plan=plan, name=network.name, num_classes=prepared.num_classes,
         input_shape=shape,
     )  # fmt: skip
-    state = safetensors.torch.load_file(prepared.files["weights"])
-    folded = folded_from_state(
-        state, name=network.name, num_classes=prepared.num_classes, input_shape=shape, source=network.name
-    )
+    kind = NetworkKind(network.name, prepared.num_classes, shape)
+    folded = network_from_weights(prepared.files["weights"], kind).folded
     inputs = network_input(pixels[: network.options.parity_images], mean=MEAN, std=STD)
     with torch.inference_mode():
         fp32 = folded.module(torch.from_numpy(inputs)).numpy()

@@ -6,14 +6,13 @@ kernels: no export can agree better than the model agrees with itself.
 """
 
 import numpy as np
-import safetensors.torch
 import torch
 
 from benchmarks.subject import arguments, temporary_subject, write_result
 from ptq.engines import open_engine
 from ptq.networks.fake_quant import exportable_fake_quant, fake_quant_from_folded, weight_amax
+from ptq.networks.network import NetworkKind, network_from_weights
 from ptq.numerics.metrics import cosine_per_image, sqnr_db
-from ptq.quantization.prepare_torch import folded_from_state
 
 
 def main() -> None:
@@ -24,10 +23,8 @@ def main() -> None:
     subject = temporary_subject(options)
     inputs, _ = subject.images("test", options.test_images)
     histograms = subject.histograms()
-    state = safetensors.torch.load_file(subject.files["weights"])
-    folded = folded_from_state(
-        state, name=options.model, num_classes=subject.prepared.num_classes, input_shape=subject.shape, source="weights"
-    )
+    kind = NetworkKind(options.model, subject.prepared.num_classes, subject.shape)
+    folded = network_from_weights(subject.files["weights"], kind).folded
     found = {}
     for dialect in ("cpu", "tensorrt"):
         amax = subject.amax(histograms, dialect, options.method)

@@ -4,6 +4,8 @@ Loads the weights into the network, folds it, places quantizers and writes the F
 and the Q/DQ template. Which tensors are quantized is decided in `rules`.
 """
 
+import copy
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,11 +19,11 @@ from ptq.config import QuantizationConfig, WeightMethod
 from ptq.dialect import observed_names
 from ptq.errors import CheckpointError
 from ptq.files import file_sha256
-from ptq.networks.checkpoint import head_size, load_weights_, read_state_dict
+from ptq.networks.checkpoint import head_size, read_state_dict
 from ptq.networks.export import HalfPrecision, export_onnx, export_qdq_template
-from ptq.networks.factory import create_model
 from ptq.networks.fake_quant import fake_quant_from_folded, weight_amax
-from ptq.networks.folding import FoldedModel, check_runs, fold_model
+from ptq.networks.folding import check_runs
+from ptq.networks.network import Network, NetworkKind, keep_network, network_from_state, network_from_weights
 from ptq.networks.observed import observed_from_folded
 from ptq.networks.unfolding import unfolded_state
 from ptq.quantization.equalize import layer_factors
@@ -65,9 +67,9 @@ def prepare_torch_model(
             f"Checkpoint {checkpoint} has {num_classes} outputs, and the data has labels up to {class_count - 1}. "
             "Expected one output per class; check the manifest's label column and the checkpoint."
         )
-    folded = folded_from_state(
-        state, name=name, num_classes=num_classes, input_shape=input_shape, source=str(checkpoint)
-    )
+    kind = NetworkKind(name, num_classes, input_shape)
+    network = network_from_state(state, kind, source=str(checkpoint))
+    folded = network.folded
     check_runs(folded.module, input_shape=input_shape, num_classes=num_classes)
     plan = place_quantizers(
         view_of(folded.module, traced=folded.traced),
@@ -82,21 +84,13 @@ def prepare_torch_model(
     safetensors.torch.save_file(
         {key: value.contiguous().clone() for key, value in sorted(state.items())}, files["weights"]
     )
+    keep_network(files["weights"], kind, network)
     sha256 = file_sha256(checkpoint)
     export_onnx(folded.module, files["fp32_onnx"], input_shape=input_shape, metadata={"checkpoint_sha256": sha256})
     _write_observed(folded.module, plan, files["observed_onnx"], input_shape=input_shape)
     files["plan"].write_text(json.dumps(to_jsonable(plan), indent=1))
     notes = tuple(note for note in (folded.warning, *plan.warnings) if note)
     return PreparedModel(sha256, files, num_classes, plan, notes)
-
-
-def folded_from_state(
-    state: Mapping[str, torch.Tensor], *, name: str, num_classes: int, input_shape: tuple[int, int, int], source: str
-) -> FoldedModel:
-    """Returns the folded network `name` with the weights `state`; `source` names them in messages."""
-    model = create_model(name, num_classes=num_classes, channels=input_shape[0])
-    load_weights_(model, state, name=name, source=source)
-    return fold_model(model, input_shape=input_shape)
 
 
 def equalize_model(
@@ -124,18 +118,21 @@ def equalize_model(
         the files by the record's field names, and the number of channels that changed; no files for a model that
         could not be traced, or where nothing changed.
     """
-    original = create_model(name, num_classes=num_classes, channels=input_shape[0])
-    load_weights_(original, safetensors.torch.load_file(weights), name=name, source=str(weights))
-    folded = fold_model(original, input_shape=input_shape)
-    if not isinstance(folded.module, fx.GraphModule):
+    kind = NetworkKind(name, num_classes, input_shape)
+    network = network_from_weights(weights, kind)
+    if not isinstance(network.folded.module, fx.GraphModule):
         return {}, 0
+    folded = dataclasses.replace(network.folded, module=copy.deepcopy(network.folded.module))
     factors, changed = layer_factors(view_of(folded.module, input_shape=input_shape), ranges)
     if changed == 0:
         return {}, 0
     scale_layers_(folded.module, factors)
-    state = unfolded_state(original, folded, folded.module)
+    state = unfolded_state(network.original, folded, folded.module)
     files = {"weights": directory / "weights_equalized.safetensors", "observed_onnx": directory / "observed.onnx"}
     safetensors.torch.save_file({key: value.contiguous() for key, value in sorted(state.items())}, files["weights"])
+    original = copy.deepcopy(network.original)
+    original.load_state_dict(state)
+    keep_network(files["weights"], kind, Network(original, folded))
     _write_observed(folded.module, plan, files["observed_onnx"], input_shape=input_shape)
     return files, changed
 
@@ -151,11 +148,8 @@ def observed_model(
     weights: Path, *, plan: PlacementPlan, name: str, num_classes: int, input_shape: tuple[int, int, int]
 ) -> torch.nn.Module:
     """Returns the model of the observed graph in PyTorch; see `observation.observed_from_folded`."""
-    folded = folded_from_state(
-        safetensors.torch.load_file(weights), name=name, num_classes=num_classes, input_shape=input_shape,
-        source=str(weights),
-    )  # fmt: skip
-    return observed_from_folded(folded.module, plan)
+    network = network_from_weights(weights, NetworkKind(name, num_classes, input_shape))
+    return observed_from_folded(network.folded.module, plan)
 
 
 def write_template(
@@ -173,13 +167,7 @@ def write_template(
     Raises:
         ExportError: the fake-quantized model cannot be exported.
     """
-    folded = folded_from_state(
-        safetensors.torch.load_file(weights),
-        name=name,
-        num_classes=num_classes,
-        input_shape=input_shape,
-        source=str(weights),
-    )
+    folded = network_from_weights(weights, NetworkKind(name, num_classes, input_shape)).folded
     model = fake_quant_from_folded(
         folded.module,
         plan,
@@ -207,9 +195,8 @@ def write_float_model(
     """
     state = read_state_dict(checkpoint)
     num_classes = head_size(state, name=name, channels=input_shape[0])
-    folded = folded_from_state(
-        state, name=name, num_classes=num_classes, input_shape=input_shape, source=str(checkpoint)
-    )
+    kind = NetworkKind(name, num_classes, input_shape)
+    folded = network_from_state(state, kind, source=str(checkpoint)).folded
     check_runs(folded.module, input_shape=input_shape, num_classes=num_classes)
     model = HalfPrecision(folded.module) if precision == "fp16" else folded.module
     metadata = {"checkpoint_sha256": file_sha256(checkpoint), "precision": precision}

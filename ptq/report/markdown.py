@@ -1,7 +1,7 @@
 """What does the report say as Markdown?"""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ptq.report.cells import Table
 from ptq.report.charts import boxplot_png
@@ -84,10 +84,15 @@ def _markdown_list(items: Iterable[str]) -> list[str]:
 def _markdown_table(table: Table) -> str:
     """A GitHub table below its title in bold; numbers flush right."""
     rules = ["---:" if table.is_numeric(column) else "---" for column in range(len(table.columns))]
-    lines = [table.columns, rules, *table.rows]
-    body = "\n".join(f"| {' | '.join(c if line is rules else markdown_text(c) for c in line)} |" for line in lines)
+    columns, *rows = ([markdown_text(cell) for cell in row] for row in (table.columns, *table.rows))
+    body = pipe_table(columns, rules, rows)
     note = f"\n\n{markdown_text(table.note)}" if table.note else ""
     return f"**{markdown_text(table.title)}**\n\n{body}{note}\n"
+
+
+def pipe_table(columns: Sequence[str], rules: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Returns a table of cells that are Markdown already; `rules` say how each column is set."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (columns, rules, *rows))
 
 
 def page_markdown(inputs: ReportInputs) -> str:

@@ -12,7 +12,7 @@ from datetime import datetime
 from ptq.evaluation.gate import HEADLINES
 from ptq.report.cells import drop_phrase, fixed, interval_text
 from ptq.report.charts import nights_png
-from ptq.report.markdown import markdown_text
+from ptq.report.markdown import markdown_text, pipe_table
 from ptq.report.page_parts import Tile, data_uri, page_of
 from ptq.service.nightly_results import Night, NightFindings
 
@@ -104,10 +104,9 @@ def history_markdown(nights: Sequence[Night]) -> str:
         [f"**{cell}**" if row.is_bad and cell else cell for cell in row.cells] + [_markdown(row.reason)]
         for row in _rows(nights)[:NIGHTS_IN_MARKDOWN]
     ]
-    lines = [f"| {' | '.join(row)} |" for row in (columns, rules, *rows)]
     chart = _top1_chart(nights)
     parts = [f"# Nightly quantization of {_markdown(last.model)}", f"**{_markdown(headline(nights), limit=1000)}**"]
-    parts += [f"![{chart.description}]({chart.address})", "\n".join(lines)]
+    parts += [f"![{chart.description}]({chart.address})", pipe_table(columns, rules, rows)]
     if len(places) > 1:
         parts.append(_ABOUT_PLACES)
     parts.append("\n".join(f"- {letter}: {_markdown(place)}" for place, letter in places.items()))

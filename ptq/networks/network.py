@@ -1,0 +1,70 @@
+"""Which network do these weights make, as it is built and as it is folded?
+
+The stages of a run follow each other on the same weights, so the last networks are kept: a run builds and folds its
+network once. What is returned is shared, and must not be changed.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from ptq.files import file_sha256
+from ptq.networks.checkpoint import load_weights_
+from ptq.networks.factory import create_model
+from ptq.networks.folding import FoldedModel, fold_model
+
+# A run works on its network as it came and on the equalized one.
+_MOST_KEPT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkKind:
+    """What beside its weights makes a network: a torchvision classifier or `package.module:factory`, and its sizes."""
+
+    name: str
+    num_classes: int
+    input_shape: tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """A network with its weights, and what `fold_model` made of it."""
+
+    original: nn.Module
+    folded: FoldedModel
+
+
+_KEPT: OrderedDict[tuple[str, NetworkKind], Network] = OrderedDict()
+
+
+def network_from_state(state: Mapping[str, torch.Tensor], kind: NetworkKind, *, source: str) -> Network:
+    """Builds the network and folds it; `source` names the weights in messages.
+
+    Raises:
+        CheckpointError: the weights do not fit.
+        UsageError: there is no such network.
+    """
+    original = create_model(kind.name, num_classes=kind.num_classes, channels=kind.input_shape[0])
+    load_weights_(original, state, name=kind.name, source=source)
+    return Network(original, fold_model(original, input_shape=kind.input_shape))
+
+
+def network_from_weights(weights: Path, kind: NetworkKind) -> Network:
+    """Returns the network of a safetensors file, built where it is none of the last. See `network_from_state`."""
+    key = (file_sha256(weights), kind)
+    if key not in _KEPT:
+        keep_network(weights, kind, network_from_state(safetensors.torch.load_file(weights), kind, source=str(weights)))
+    _KEPT.move_to_end(key)
+    return _KEPT[key]
+
+
+def keep_network(weights: Path, kind: NetworkKind, network: Network) -> None:
+    """Keeps the network of a weights file for the stages that follow."""
+    _KEPT[file_sha256(weights), kind] = network
+    while len(_KEPT) > _MOST_KEPT:
+        _KEPT.popitem(last=False)
