@@ -22,10 +22,7 @@ ROOMS = {
     "files": {"errors"},
     "uris": {"errors"},
     "provenance": {"errors"},
-<<<<<<< HEAD
-=======
     "wording": set(),
->>>>>>> main
     "records": {"config"},
     "dialect": {"config", "records"},
     "numerics": {"errors", "config", "wording", "records"},
