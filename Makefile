@@ -1,5 +1,5 @@
 # make demo   the whole job on real images, set-up included
-# make test   lint, types and tests, set-up included; make test-slow the tests that wait for time-outs
+# make test   lint, types, tests and their coverage, set-up included; make test-slow the tests that wait for time-outs
 # make serve  a Prefect server, a worker and every deployment on this machine, in the background; make stop ends them
 # make dask   a Dask cluster on this machine, to try `runner: {name: dask}`; Ctrl-C ends it
 
@@ -25,7 +25,8 @@ lint: .venv/installed
 
 # Two processes, each with a Prefect server and S3 servers of its own; `make test PROCESSES=4` on a larger machine.
 test: lint
-	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder --cov --cov-report=
+	$(BIN)/python -m tests.support.coverage_by_room
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
@@ -40,4 +41,4 @@ dask: .venv/installed
 	$(BIN)/python -m deployments.local_dask
 
 clean:
-	rm -rf .venv demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv demo .coverage .pytest_cache .mypy_cache .ruff_cache

@@ -25,10 +25,10 @@ class ChannelSums:
     `sums[t]` is int64 (channels of tensor t,), empty for a tensor that no weighted layer reads.
     """
 
-    sums: tuple[Int[np.ndarray, " channels"], ...]
+    sums: tuple[Int[np.ndarray, " _"], ...]
     images: int
 
-    def means(self) -> list[Float[np.ndarray, " channels"]]:
+    def means(self) -> list[Float[np.ndarray, " _"]]:
         """Returns the mean per channel of every tensor, in activation units."""
         return [values * (RESOLUTION / max(self.images, 1)) for values in self.sums]
 

@@ -56,7 +56,7 @@ class ChannelIds:
         if name in self.of:
             self._fixed.append(self.of[name])
 
-    def factors(self, ranges: Mapping[str, Float[np.ndarray, " channels"]]) -> Float[np.ndarray, " ids"]:
+    def factors(self, ranges: Mapping[str, Float[np.ndarray, " _"]]) -> Float[np.ndarray, " ids"]:
         """Returns the factor of every id: a power of two, 1 where it is fixed or nothing was seen of it."""
         pairs = np.concatenate([np.zeros((2, 0), dtype=np.int64), *(np.stack(tie) for tie in self._ties)], axis=1)
         graph = coo_array((np.ones(pairs.shape[1]), (pairs[0], pairs[1])), shape=(self._count, self._count))
@@ -80,7 +80,7 @@ class ChannelIds:
 
 def channel_ranges(
     tensors: Sequence[Float[np.ndarray, "1 ..."]], *, axes: Sequence[int | None]
-) -> list[Float[np.ndarray, " channels"]]:
+) -> list[Float[np.ndarray, " _"]]:
     """Returns max |x| of every channel of one image's tensors, float32; empty where the axis is None.
 
     >>> [found.tolist() for found in channel_ranges([np.array([[[1.0, -3.0], [0.5, 0.0]]])], axes=[1])]
