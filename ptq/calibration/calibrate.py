@@ -36,7 +36,7 @@ RANGE_IMAGES = 64
 
 @dataclass(frozen=True, slots=True)
 class ObservedOnDevice:
-    """The model of `observation.observed_from_folded`, and the torch device that is to run it."""
+    """The model of `observed.observed_from_folded`, and the torch device that is to run it."""
 
     model: nn.Module
     device: str

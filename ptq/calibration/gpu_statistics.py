@@ -221,7 +221,7 @@ def collect_statistics_on_device(
     """Returns what `collection.collect_statistics` returns, the model and the counting run by torch on a device.
 
     Args:
-        observed: model of `observation.observed_from_folded`: logits, then one tensor per name. It is not changed.
+        observed: model of `observed.observed_from_folded`: logits, then one tensor per name. It is not changed.
         pixels: all calibration images, uint8.
         draws: per trial the positions in `pixels` of its images, each at most once.
         names: names of the observed tensors.

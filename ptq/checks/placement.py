@@ -72,7 +72,7 @@ def _concat_scales(subject: Subject) -> Found:
 
 @check("average-pool-quantized", "warning", "Quantize its input.")
 def _average_pool(subject: Subject) -> Found:
-    for node in subject.graph.average_pools():
+    for node in subject.graph.pools_to_quantize():
         if subject.graph.dequantize_behind(node.inputs[0]) is None and not subject.is_allowed(node):
             yield node, f"The input of this {node.op} is not quantized, so that it runs in float."
 

@@ -1,7 +1,7 @@
 """Where do images lie, and how are the folders, the digests and the bytes found there?
 
 A folder of this machine or a prefix of a bucket, with the same questions and answers: paths are relative, with /.
-What splits and classes are is the business of `datasets.py`.
+What splits and classes are is the business of `index`.
 """
 
 import bisect

@@ -183,8 +183,8 @@ class QdqGraph:
             return all(self.never_negative(operand) for operand in node.inputs)
         return node.op in KEEPS_SIGN_OF_FIRST and self.never_negative(node.inputs[0])
 
-    def average_pools(self) -> Iterator[Node]:
-        """Yields the average pools, a mean over the two last axes of an image included."""
+    def pools_to_quantize(self) -> Iterator[Node]:
+        """Yields the pools whose input is quantized: average pools, a mean over the two last axes of an image included."""
         for node in self.nodes:
             if node.op in AVERAGE_POOLS and node.inputs:
                 yield node

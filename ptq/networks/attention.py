@@ -3,7 +3,7 @@
 `nn.MultiheadAttention` and torchvision's windowed attention read the weights of their projections without calling a
 layer, so that neither `torch.fx` nor a quantizer finds one. Here such blocks are replaced by others that call
 `nn.Linear` and compute the same. What lies between the projections (products of two activations, softmax, masks) is
-one opaque function of the traced graph and stays in float. Where quantizers go is decided in `placement`.
+one opaque function of the traced graph and stays in float. Where quantizers go is decided in `ptq.quantization.rules`.
 """
 
 import math

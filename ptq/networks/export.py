@@ -2,7 +2,7 @@
 
 Exports once and quantizes many times: the template graph carries one scale and one zero point initializer per
 quantizer, named after it, and a candidate is the template with other scales. Weights stay float32 behind
-their Q, which every TensorRT generation reads. What is wrong with a graph is found in `graph_checks`.
+their Q, which every TensorRT generation reads. What is wrong with a graph is found in `ptq.checks`.
 """
 
 import warnings

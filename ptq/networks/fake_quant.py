@@ -74,7 +74,7 @@ def fake_quant_from_folded(
     """Returns a fake-quantized copy of a folded model, with every amax set.
 
     Args:
-        folded: the model of `models.fold_model`; it is not changed.
+        folded: the model of `folding.fold_model`; it is not changed.
         plan: its placement plan.
         dialect: `tensorrt` for int8 throughout, `cpu` for uint8 where a tensor is never negative.
         activation_amax: amax by activation quantizer name, in activation units, positive.

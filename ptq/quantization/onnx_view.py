@@ -51,10 +51,10 @@ def view_of(canonical: Graph) -> GraphView:
         view.add(Operation(tensor.name, "other", [], [_tensor(graph, tensor)]))
     # A MatMul ends with the addition of its bias.
     ends = {id(bias_add(graph, layer.node) or layer.node): layer for layer in layers}
-    pools = {id(pool) for pool in graph.average_pools()}
+    pools = {id(pool) for pool in graph.pools_to_quantize()}
     for node in graph.nodes:
         if id(node) in ends or id(node) not in known:
-            view.add(_operation(graph, node, ends.get(id(node)), view.tensors, is_average_pool=id(node) in pools))
+            view.add(_operation(graph, node, ends.get(id(node)), view.tensors, is_quantized_pool=id(node) in pools))
     return view
 
 
@@ -110,14 +110,14 @@ def _tensor(graph: QdqGraph, tensor: OnnxTensor) -> Tensor:
 
 
 def _operation(
-    graph: QdqGraph, end: Node, layer: Layer | None, tensors: Mapping[str, Tensor], *, is_average_pool: bool
+    graph: QdqGraph, end: Node, layer: Layer | None, tensors: Mapping[str, Tensor], *, is_quantized_pool: bool
 ) -> Operation:
     """The operation whose result `end` writes: the node, or the layer of which it adds the bias."""
     node = end if layer is None else layer.node
     computed = [tensor for tensor in node.inputs if tensor.name and constant(tensor) is None]
     # Integers are sizes and positions, from which masks are made.
     read = [tensor for tensor in computed if getattr(tensor.dtype, "kind", "f") not in "iub"]
-    kind: Kind = "average_pool" if is_average_pool else _kind(node, layer, is_whole=len(read) == len(node.inputs))
+    kind: Kind = "quantized_pool" if is_quantized_pool else _kind(node, layer, is_whole=len(read) == len(node.inputs))
     return Operation(
         node.name,
         kind if read else "other",

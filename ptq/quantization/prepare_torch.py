@@ -147,7 +147,7 @@ def _write_observed(
 def observed_model(
     weights: Path, *, plan: PlacementPlan, name: str, num_classes: int, input_shape: tuple[int, int, int]
 ) -> torch.nn.Module:
-    """Returns the model of the observed graph in PyTorch; see `observation.observed_from_folded`."""
+    """Returns the model of the observed graph in PyTorch; see `observed.observed_from_folded`."""
     network = network_from_weights(weights, NetworkKind(name, num_classes, input_shape))
     return observed_from_folded(network.folded.module, plan)
 

@@ -298,7 +298,7 @@ def _quantize_layer_inputs(placement: _Placement) -> None:
 
 def _quantize_pool_inputs(placement: _Placement) -> None:
     """An average pool reads INT8, and so does what ends the gate that it belongs to."""
-    for pool in placement.view.of_kind("average_pool") if placement.quantize_pools else ():
+    for pool in placement.view.of_kind("quantized_pool") if placement.quantize_pools else ():
         for reader in (pool, *_gate_multiplications(pool)):
             placement.ask(pool.inputs[0], reader)
 

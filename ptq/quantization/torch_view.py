@@ -24,7 +24,7 @@ WEIGHTED_LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 _OPERATIONS: dict[Kind, tuple[object, ...]] = {
     "convolution": (nn.Conv2d, nn.ConvTranspose2d),
     "linear": (nn.Linear,),
-    "average_pool": (nn.AvgPool2d, nn.AdaptiveAvgPool2d, F.avg_pool2d, F.adaptive_avg_pool2d),
+    "quantized_pool": (nn.AvgPool2d, nn.AdaptiveAvgPool2d, F.avg_pool2d, F.adaptive_avg_pool2d),
     "max_pool": (nn.MaxPool2d, F.max_pool2d, torch.max_pool2d),
     "add": (operator.add, torch.add, "add"),
     "multiply": (operator.mul, torch.mul, "mul"),
@@ -77,7 +77,7 @@ _NEVER_NEGATIVE = {
 }
 _ARITHMETIC = {*_OPERATIONS["add"], *_OPERATIONS["multiply"]}
 _KEEPS_SIGN = {
-    *_OPERATIONS["average_pool"],
+    *_OPERATIONS["quantized_pool"],
     *_OPERATIONS["max_pool"],
     *_ARITHMETIC,
     nn.Flatten,
@@ -236,7 +236,7 @@ def _kind(node: fx.Node, target: object, padding: tuple[int, ...] | None) -> Kin
     if target in _MEANS:
         axes = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
         over = set(axes) if isinstance(axes, list | tuple) else {axes}
-        return "average_pool" if over in ({2, 3}, {-2, -1}) else "other"
+        return "quantized_pool" if over in ({2, 3}, {-2, -1}) else "other"
     if padding is not None or (target is operator.getitem and _is_slice(node)):
         return "cut"
     return _KINDS.get(target, "other")

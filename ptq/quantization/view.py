@@ -13,7 +13,7 @@ from typing import Literal
 Kind = Literal[
     "convolution",
     "linear",
-    "average_pool",
+    "quantized_pool",
     "max_pool",
     "add",
     "multiply",
