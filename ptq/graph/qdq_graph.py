@@ -184,7 +184,7 @@ class QdqGraph:
         return node.op in KEEPS_SIGN_OF_FIRST and self.never_negative(node.inputs[0])
 
     def pools_to_quantize(self) -> Iterator[Node]:
-        """Yields the pools whose input is quantized: average pools, a mean over the two last axes of an image included."""
+        """Yields the pools whose input is quantized: average pools, a mean over an image's two last axes included."""
         for node in self.nodes:
             if node.op in AVERAGE_POOLS and node.inputs:
                 yield node
