@@ -5,8 +5,8 @@ import inspect
 import jaxtyping
 import numba
 
-# The rooms whose business is arrays. Elsewhere a signature is checked by mypy alone.
-CHECKED = ["ptq.numerics", "ptq.calibration", "ptq.evaluation.evaluate", "ptq.evaluation.sensitivity"]
+# The room whose business is arrays. Elsewhere a signature is checked by mypy alone: beartype refuses the protocols there.
+CHECKED = ["ptq.numerics"]
 
 _njit = numba.njit
 
