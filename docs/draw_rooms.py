@@ -23,10 +23,9 @@ LAYERS = ("ptq", "tasks", "flows", "deployments")
 
 @dataclass
 class Room:
-    """A room's question, how many modules it has, and the other rooms that they import from."""
+    """A room's question, and the other rooms that they import from."""
 
     question: str
-    modules: int = 0
     uses: set[str] = field(default_factory=set)
 
 
@@ -50,7 +49,6 @@ def rooms_of_the_code() -> dict[str, Room]:
         if name in ("ptq", "tasks"):
             continue
         room = rooms.setdefault(name, Room(str(ast.get_docstring(ast.parse(source))).partition("\n")[0]))
-        room.modules += not is_package
         room.uses |= {room_of(found.name) for found in imports_of(source, str(file)) if found.top in LAYERS}
         room.uses -= {name, "ptq", "tasks"}
     return rooms
@@ -88,10 +86,10 @@ def drawing(rooms: Mapping[str, Room]) -> str:
     label = {name: name.replace(".", "_") for name in order}
     lines = ["```mermaid", "flowchart TD", *(f'    {label[name]}["{name}"]' for name in order)]
     lines += [f"    {label[name]} --> {label[used]}" for name in order for used in order if used in kept[name]]
-    lines += ["```", "", "| floor | room | question | modules | uses |", "| --- | --- | --- | --- | --- |"]
+    lines += ["```", "", "| floor | room | question | uses |", "| --- | --- | --- | --- |"]
     for name in order:
         uses = ", ".join(used for used in order if used in rooms[name].uses) or "nothing"
-        lines.append(f"| {floor[name]} | `{name}` | {rooms[name].question} | {rooms[name].modules} | {uses} |")
+        lines.append(f"| {floor[name]} | `{name}` | {rooms[name].question} | {uses} |")
     return "\n".join(lines) + "\n"
 
 

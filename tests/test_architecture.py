@@ -15,7 +15,7 @@ HOUSE = {"cellar": set(), "hall": {"cellar"}, "kitchen": {"cellar"}, "roof": {"c
 
 
 def house(**changes):
-    return {name: draw_rooms.Room("What for?", modules=2, uses=uses) for name, uses in {**HOUSE, **changes}.items()}
+    return {name: draw_rooms.Room("What for?", uses=uses) for name, uses in {**HOUSE, **changes}.items()}
 
 
 def test_the_drawing_in_the_page_is_that_of_the_imports():
@@ -50,7 +50,7 @@ def test_one_import_more_changes_the_drawing():
     before, after = draw_rooms.drawing(house()), draw_rooms.drawing(house(kitchen={"hall", "cellar"}))
     assert "    kitchen --> hall\n" in after
     assert "    kitchen --> hall\n" not in before
-    assert "| 2 | `kitchen` | What for? | 2 | hall, cellar |" in after
+    assert "| 2 | `kitchen` | What for? | hall, cellar |" in after
 
 
 def test_drawing_again_leaves_what_stands_around_the_drawing():
