@@ -52,21 +52,16 @@ def split_uri(uri: str) -> tuple[str, str]:
 
 
 def folder_of_uri(uri: str) -> Path | None:
-    """Returns the folder that a store's URI names, None for a bucket.
+    """Returns the folder that a store's URI names, None where its scheme is another one than file.
 
     Raises:
-        UsageError: the URI's scheme is not known.
+        UsageError: a file:// URI has a query or a fragment.
     """
     if "://" not in uri:
         return Path(uri).expanduser().absolute()
     parsed = urlparse(uri)
-    if parsed.scheme == _S3:
-        return None
     if parsed.scheme != "file":
-        raise UsageError(
-            f"output.store is {without_secrets(uri)!r}; expected file:///absolute/folder, "
-            "file://relative/folder, a path or s3://bucket/prefix."
-        )
+        return None
     if parsed.fragment or parsed.query:
         raise UsageError(
             f"output.store is {uri!r}; write # and ? in a file:// URI as %23 and %3F, or give a plain path."

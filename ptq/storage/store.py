@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+from urllib.parse import urlparse
 
 from ptq.errors import ArtifactError, UsageError
 from ptq.files import file_sha256
@@ -22,7 +23,7 @@ from ptq.storage.backend import Backend
 from ptq.storage.cache import ObjectCache, user_cache
 from ptq.storage.documents import artifact_refs, body_of, document_of
 from ptq.storage.local_folder import LocalFolder
-from ptq.uris import folder_of_uri
+from ptq.uris import folder_of_uri, without_secrets
 
 # Times a body is fetched, where what arrives is not what was stored.
 _FETCH_ATTEMPTS = 4
@@ -71,12 +72,26 @@ def open_store(uri: str) -> "Store":
         ArtifactError: the folder cannot be created or written.
     """
     root = folder_of_uri(uri)
-    if root is None:
-        # Imported here: boto3 takes half a second, which runs on a local folder need not wait for.
-        from ptq.storage.s3_bucket import bucket_at
+    if root is not None:
+        return Store(LocalFolder(root))
+    _, open_backend = _BACKENDS.get(urlparse(uri).scheme, ("", None))
+    if open_backend is None:
+        raise UsageError(
+            f"output.store is {without_secrets(uri)!r}; expected file:///absolute/folder, file://relative/folder, "
+            f"a path or {' or '.join(form for form, _ in _BACKENDS.values())}."
+        )
+    return Store(open_backend(uri))
 
-        return Store(bucket_at(uri))
-    return Store(LocalFolder(root))
+
+def _open_bucket(uri: str) -> Backend:
+    # Imported here: boto3 takes half a second, which runs on a local folder need not wait for.
+    from ptq.storage.s3_bucket import bucket_at
+
+    return bucket_at(uri)
+
+
+# Where bytes lie but in a folder, by the scheme of the URI: how that is written, and what opens it.
+_BACKENDS: dict[str, tuple[str, Callable[[str], Backend]]] = {"s3": ("s3://bucket/prefix", _open_bucket)}
 
 
 class Store:
