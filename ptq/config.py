@@ -437,7 +437,7 @@ class RunnerConfig(_Section):
 class OutputConfig(_Section):
     """Where results go."""
 
-    store: str = Field(DEFAULT_STORE, description="URI or path of the folder that holds artifacts.")
+    store: str = Field(DEFAULT_STORE, description="Store of artifacts: its URI, or the path of a folder.")
     directory: str = Field("ptq-output", description="Folder that receives the report, the graphs and the tables.")
 
 
