@@ -9,7 +9,7 @@ from command_line import assert_says, quantize
 
 from flows import cli
 from flows.cli_options import EVALUATE, QUANTIZE, TRAIN, config_from_options, described
-from ptq.config import DIALECTS, ENGINES, METHODS, DataConfig, Precision, PtqConfig, TrainingConfig
+from ptq.config import DIALECTS, ENGINES, METHODS, CalibrationConfig, DataConfig, Precision, PtqConfig, TrainingConfig
 
 COMMANDS = typer.main.get_command(cli.app).commands
 GIVEN = {"model": "resnet18", "checkpoint": "a.pth", "data": "images"}
@@ -18,7 +18,7 @@ GIVEN = {"model": "resnet18", "checkpoint": "a.pth", "data": "images"}
 @pytest.mark.parametrize(
     ("option", "value", "parts"),
     [
-        ("--method", "kl", ["calibration.methods", "kl", "'max', 'percentile', 'mse' or 'entropy'"]),
+        ("--method", "kl", ["calibration.methods", "kl", f"{', '.join(map(repr, METHODS[:-1]))} or {METHODS[-1]!r}"]),
         ("--engine", "tvm", ["engine.name", "tvm", "openvino"]),
         ("--weight-method", "entropy", ["quantization.weight_method", "entropy", "'max' or 'mse'"]),
         ("--percentile", 101, ["calibration.percentiles.0 is 101", "less than or equal to 100"]),
@@ -132,8 +132,8 @@ def test_every_option_has_the_help_of_the_field_it_sets(command, kind, fields):
 def test_help_names_the_values_there_are_and_the_default():
     helps = {parameter.name: parameter.help for parameter in COMMANDS["quantize"].params if parameter.name in QUANTIZE}
     assert helps["engine"].endswith(f"One of {', '.join(ENGINES)}. Default: auto.")
-    assert helps["method"].endswith("One of max, percentile, mse, entropy. Repeat for several. Default: max, "
-                                    "percentile, mse, entropy.")  # fmt: skip
+    chosen = CalibrationConfig().methods
+    assert helps["method"].endswith(f"One of {', '.join(METHODS)}. Repeat for several. Default: {', '.join(chosen)}.")
     assert helps["mean"].endswith("Default: 0.485, 0.456, 0.406.")
     assert "Default" not in helps["checkpoint"]
 
