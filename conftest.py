@@ -5,7 +5,7 @@ import inspect
 import jaxtyping
 import numba
 
-# The room whose business is arrays. Elsewhere a signature is checked by mypy alone: beartype refuses the protocols there.
+# The room whose business is arrays. Elsewhere mypy alone checks signatures: beartype refuses the protocols there.
 CHECKED = ["ptq.numerics"]
 
 _njit = numba.njit
