@@ -1,21 +1,24 @@
-"""Checks the array shapes that signatures state, in every test and doctest; a run of the program does not."""
+"""Checks the array shapes that signatures state, where PTQ_CHECK_SHAPES is set: `make test` sets it for `ptq.numerics`.
+
+Not for every test: the check of each call costs time, and refuses an int for a float and protocols elsewhere.
+"""
 
 import inspect
+import os
 
-import jaxtyping
-import numba
-
-# The room whose business is arrays. Elsewhere mypy alone checks signatures: beartype refuses the protocols there.
+# The room whose business is arrays. Elsewhere mypy alone checks signatures.
 CHECKED = ["ptq.numerics"]
 
-_njit = numba.njit
+if os.environ.get("PTQ_CHECK_SHAPES"):
+    import jaxtyping
+    import numba
 
+    _njit = numba.njit
 
-def _njit_unchecked(*arguments, **options):
-    """Numba compiles a function itself, not what checks its arguments around it."""
-    compile_ = _njit(*arguments, **options)
-    return lambda function: compile_(inspect.unwrap(function))
+    def _njit_unchecked(*arguments, **options):
+        """Numba compiles a function itself, not what checks its arguments around it."""
+        compile_ = _njit(*arguments, **options)
+        return lambda function: compile_(inspect.unwrap(function))
 
-
-numba.njit = _njit_unchecked
-jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
+    numba.njit = _njit_unchecked
+    jaxtyping.install_import_hook(CHECKED, "tests.support.shapes.checked")
