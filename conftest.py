@@ -21,4 +21,4 @@ if os.environ.get("PTQ_CHECK_SHAPES"):
         return lambda function: compile_(inspect.unwrap(function))
 
     numba.njit = _njit_unchecked
-    jaxtyping.install_import_hook(CHECKED, "tests.support.shapes.checked")
+    jaxtyping.install_import_hook(CHECKED, "shapes.checked")
