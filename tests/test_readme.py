@@ -1,4 +1,4 @@
-"""Does the README tell the truth about commands, files and settings?"""
+"""Do the README and the pages beside it tell the truth about commands, files and settings?"""
 
 import re
 from pathlib import Path
@@ -38,11 +38,19 @@ def test_there_are_command_lines_to_check():
     assert [line for line in CODE_LINES if "bin/ptq quantize" in line]
 
 
-def test_every_file_of_the_readme_exists():
-    files = re.findall(r"`((?:ptq|tasks|flows|tests|docs|benchmarks)/[\w./]+)`", README)
-    files += re.findall(r"\]\(([\w./]+)\)", README)
-    assert len(files) >= 6
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "docs/architecture.md"])
+def test_every_file_that_a_page_names_exists(page):
+    text = (ROOT / page).read_text()
+    files = re.findall(r"`((?:ptq|tasks|flows|tests|docs|benchmarks)/[\w./]+)`", text)
+    assert files
     assert [file for file in files if not (ROOT / file).exists()] == []
+
+
+def test_every_link_of_the_pages_leads_to_a_file():
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([\w./-]+)\)", page.read_text())]
+    assert len(links) >= 6
+    assert [(page.name, link) for page, link in links if not (page.parent / link).exists()] == []
 
 
 def test_the_yaml_example_is_a_valid_config():

@@ -77,7 +77,7 @@ class DeviceStatistics:
         self._sums: list[Tensor | None] = [None] * len(names)
         self._bin = torch.arange(bins, dtype=torch.int64, device=device)
 
-    def add_(self, tensors: Sequence[Float[Tensor, "n ..."]], drawn: Int[Tensor, "n trials"]) -> None:
+    def add_(self, tensors: Sequence[Float[Tensor, "..."]], drawn: Int[Tensor, "n trials"]) -> None:
         """Queues the addition of the next images.
 
         Args:

@@ -86,7 +86,7 @@ def empty_channel_sums() -> ChannelSums:
 
 def bias_shift(
     weight: Float[np.ndarray, "..."],
-    scale: Float[np.ndarray, " out"],
+    scale: Float[np.ndarray, "..."],
     mean: Float[np.ndarray, " inputs"],
     *,
     axis: int,
@@ -96,7 +96,7 @@ def bias_shift(
 
     Args:
         weight: float32, Conv (out, in / groups, ...), ConvTranspose (in, out / groups, ...) or Linear (out, in).
-        scale: scale per output channel, or one scale.
+        scale: scale per output channel (out,), or one scale ().
         mean: mean of each input channel, in activation units.
         axis: the output-channel axis of the weight.
         groups: groups of a convolution, else 1.

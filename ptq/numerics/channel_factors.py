@@ -79,9 +79,9 @@ class ChannelIds:
 
 
 def channel_ranges(
-    tensors: Sequence[Float[np.ndarray, "1 ..."]], *, axes: Sequence[int | None]
+    tensors: Sequence[Float[np.ndarray, "n ..."]], *, axes: Sequence[int | None]
 ) -> list[Float[np.ndarray, " _"]]:
-    """Returns max |x| of every channel of one image's tensors, float32; empty where the axis is None.
+    """Returns max |x| of every channel of the tensors of some images, float32; empty where the axis is None.
 
     >>> [found.tolist() for found in channel_ranges([np.array([[[1.0, -3.0], [0.5, 0.0]]])], axes=[1])]
     [[3.0, 0.5]]

@@ -68,7 +68,7 @@ class Accumulators:
         return ImageObserver(self, chosen, image)
 
     def add_tensor_(
-        self, index: int, tensor: Float[np.ndarray, "1 ..."], *, trials: Sequence[int] | np.ndarray, image: str
+        self, index: int, tensor: Float[np.ndarray, "..."], *, trials: Sequence[int] | np.ndarray, image: str
     ) -> None:
         """Adds the values of tensor `index` to the statistics of `trials`.
 
@@ -132,7 +132,7 @@ class ImageObserver:
         self._trials = trials
         self._image = image
 
-    def __call__(self, index: int, tensor: Float[np.ndarray, "1 ..."]) -> None:
+    def __call__(self, index: int, tensor: Float[np.ndarray, "..."]) -> None:
         """Adds tensor `index`; see `Accumulators.add_tensor_`."""
         self._accumulators.add_tensor_(index, tensor, trials=self._trials, image=self._image)
 

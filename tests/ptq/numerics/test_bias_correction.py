@@ -81,7 +81,7 @@ def test_the_shift_restores_the_mean_output_of_a_layer_exactly_on_constant_chann
         scale = scale[:1]
     steps = scale.reshape([-1, 1, 1, 1] if axis == 0 else [1, -1, 1, 1]) if scale.size > 1 else scale[0]
     rounded = torch.from_numpy(np.rint(weight / steps) * steps).double()
-    shift = bias_shift(weight, scale if scale.size > 1 else scale[0], mean, axis=axis, groups=layer.groups)
+    shift = bias_shift(weight, scale if scale.size > 1 else scale.reshape(()), mean, axis=axis, groups=layer.groups)
     exact = layer.double()(inputs)
     original = layer.weight.data.clone()
     layer.weight.data = rounded
