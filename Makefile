@@ -27,7 +27,7 @@ lint: .venv/installed
 test: lint
 	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder --cov --cov-report=
 	$(BIN)/python -m tests.support.coverage_by_room
-	PTQ_CHECK_SHAPES=1 $(BIN)/python -m pytest -n $(PROCESSES) $(addprefix tests/ptq/numerics/test_,amax.py metrics.py latency.py)
+	PTQ_CHECK_SHAPES=1 $(BIN)/python -m pytest -n $(PROCESSES) tests/ptq/numerics
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
