@@ -314,7 +314,7 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def boxplot_png(inputs: ReportInputs) -> bytes:
+def report_box_plot_png(inputs: ReportInputs) -> bytes:
     """Returns the box plot of the methods over the trials on the test split, the same bytes as in the HTML report."""
     by_method: dict[str, list[float]] = {method: [] for method in methods_of(inputs)}
     for candidate in sorted(inputs.verdict.candidates, key=lambda item: item.trial):

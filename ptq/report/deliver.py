@@ -40,7 +40,7 @@ from ptq.records.verdict import (
     VerdictPublished,
     VerdictTrial,
 )
-from ptq.report.charts import boxplot_png
+from ptq.report.charts import report_box_plot_png
 from ptq.report.frames import benchmark_table, parquet_from_frame, results_table
 from ptq.report.html import html_report
 from ptq.report.inputs import ReportInputs, verdict_sentence
@@ -209,7 +209,7 @@ def build_report(store: Store, config: PtqConfig, findings: RunFindings, *, run_
     contents |= {
         "results.parquet": parquet_from_frame(results_table(inputs)),
         "benchmark.parquet": parquet_from_frame(benchmark_table(findings.benchmark)),
-        "boxplot.png": boxplot_png(inputs),
+        "boxplot.png": report_box_plot_png(inputs),
         "report.html": html_report(inputs).encode(),
         "report.md": markdown_report(inputs).encode(),
     }

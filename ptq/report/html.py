@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ptq.report.cells import fixed, interval_text, ratio_text, with_unit
-from ptq.report.charts import boxplot_png, latency_bars_png
+from ptq.report.charts import latency_bars_png, report_box_plot_png
 from ptq.report.inputs import (
     ReportInputs,
     class_name,
@@ -58,7 +58,7 @@ def html_report(inputs: ReportInputs) -> str:
         candidates=candidates_table(inputs),
         attempts=attempts_table(inputs),
         versus_published=tables_of_published(inputs.versus_published) if inputs.versus_published else (),
-        boxplot=data_uri(boxplot_png(inputs)),
+        boxplot=data_uri(report_box_plot_png(inputs)),
         matrices=_matrices(inputs) if classes <= CLASSES_IN_A_MATRIX else (),
         confused=confused_table(inputs) if classes > CLASSES_IN_A_MATRIX else None,
         per_class=per_class_table(inputs),

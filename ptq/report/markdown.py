@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from ptq.report.cells import Table
-from ptq.report.charts import boxplot_png
+from ptq.report.charts import report_box_plot_png
 from ptq.report.inputs import LAYERS_IN_A_SENTENCE, ReportInputs, run_warnings, slow_sentences, verdict_sentence
 from ptq.report.page_parts import data_uri
 from ptq.report.run_tables import (
@@ -97,4 +97,4 @@ def pipe_table(columns: Sequence[str], rules: Sequence[str], rows: Iterable[Sequ
 
 def page_markdown(inputs: ReportInputs) -> str:
     """Returns the Markdown report with its picture inside, for a page that cannot load a file beside it."""
-    return markdown_report(inputs).replace("(boxplot.png)", f"({data_uri(boxplot_png(inputs))})")
+    return markdown_report(inputs).replace("(boxplot.png)", f"({data_uri(report_box_plot_png(inputs))})")

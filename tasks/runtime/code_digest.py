@@ -34,7 +34,6 @@ NOT_COUNTED = {
     "tasks.runtime.code_digest": "is what makes the key",
     "tasks.runtime.stage": "decides whether a stage runs, not what it computes",
     "tasks.runtime.progress": "tells how far a stage has come",
-    "tasks.runtime.retries": "decides whether a stage is tried again",
 }
 # Decorators that make a definition; any other may register it somewhere, so the definition counts as done on import.
 _PLAIN = frozenset({"dataclass", "cache", "lru_cache", "contextmanager", "runtime_checkable", "njit", "task"})

@@ -25,7 +25,6 @@ from tasks.runtime.code_digest import code_of_stage
 from tasks.runtime.context import ContextView, StageContext, value_of
 from tasks.runtime.machine_lock import shared_machine, whole_machine
 from tasks.runtime.progress import announce_finished
-from tasks.runtime.retries import is_transient
 
 _MACHINE: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "": nullcontext,
@@ -43,7 +42,6 @@ def stage(
     timeout_seconds: float | None,
     uses: Collection[str] = (),
     ignores: Collection[str] = (),
-    retries: int = 0,
     reads: Callable[..., Any] | None = None,
     reads_until: Literal["begun", "done"] = "done",
     run_name: str | None = None,
@@ -58,7 +56,6 @@ def stage(
         ignores: arguments, and paths into the run, that the stage may read and that do not change its result.
         timeout_seconds: limit of one attempt; None for mapped stages, which run in worker threads: Prefect cannot
             interrupt those and would warn on every run.
-        retries: attempts after a transport fault; the project's own errors are never retried.
         reads: given the other arguments by name, what the stage reads from outside the store (a digest), so that
             a change out there is seen.
         reads_until: when that is read. A stage that reads to its end fails where it was changed meanwhile; one that
@@ -116,9 +113,6 @@ def stage(
             cache_policy=NO_CACHE,
             persist_result=False,
             timeout_seconds=timeout_seconds,
-            retries=retries,
-            retry_delay_seconds=[2, 8, 30][: max(retries, 1)],
-            retry_condition_fn=is_transient if retries else None,
             log_prints=False,
         )
         return cast(Task[Parameters, Result], wrapped)

@@ -10,10 +10,15 @@ from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 from prefect.logging import get_run_logger
 
-from ptq.errors import UsageError
+from ptq.errors import PtqError, UsageError
 from ptq.evaluation.gate import HEADLINES
 from ptq.records.decision import RunResult
-from tasks.runtime.retries import is_transient
+
+
+def is_transient(task: Any, task_run: Any, state: Any) -> bool:
+    """Whether telling is worth another attempt: after a fault on the way, not after an error of the project."""
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, (ConnectionError, TimeoutError)) and not isinstance(error, PtqError)
 
 
 @task(timeout_seconds=600, cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5, retry_condition_fn=is_transient)

@@ -50,7 +50,7 @@ def config(image_folder, tmp_path):
         "calibration": {"methods": ["percentile"], "percentiles": [99.9], "trials": 1, "images": 24},
         "engine": {"name": "openvino", "threads": 1},
         "benchmark": {"batch_sizes": [1], "duration_s": 0.02, "warmup_ms": 1.0, "rounds": 1},
-        "gate": {"max_drop_pp": 100, "min_speedup_fp32": 0.0},
+        "gate": {"max_drop_pp": 100, "min_speedup_fp32": 0.0, "max_slowdown": 1000},
         "output": {"store": str(tmp_path / "store"), "directory": str(tmp_path / "output")},
     }
 

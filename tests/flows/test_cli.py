@@ -35,7 +35,7 @@ def test_options_may_stand_in_a_file_and_those_given_win(run, checkpoint, image_
         "calibration": {"methods": ["max", "mse"], "trials": 3, "images": 8},
         "engine": {"name": "openvino", "threads": 1},
         "benchmark": {"batch_sizes": [1], "duration_s": 0.05},
-        "gate": {"max_drop_pp": 100, "min_speedup_fp32": 0},
+        "gate": {"max_drop_pp": 100, "min_speedup_fp32": 0, "max_slowdown": 1000},
         "output": {"store": str(tmp_path / "store"), "directory": str(tmp_path / "out")},
     }
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))

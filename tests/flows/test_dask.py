@@ -154,7 +154,7 @@ def configure(tmp_path_factory, image_folder):
                 "calibration": {"trials": 2, "images": 24, "methods": ["max", "percentile"], "percentiles": [99.9]},
                 "engine": {"name": "openvino", "threads": 1},
                 "benchmark": {"batch_sizes": [1], "duration_s": 0.02, "warmup_ms": 1.0, "rounds": 1},
-                "gate": {"max_drop_pp": 100, "min_speedup_fp32": 0.0},
+                "gate": {"max_drop_pp": 100, "min_speedup_fp32": 0.0, "max_slowdown": 1000},
                 "runner": {"name": "dask", "address": address, "shards": 3} if address else {},
                 "output": {"store": f"file://{directory / 'store'}", "directory": str(directory / "output")},
             }

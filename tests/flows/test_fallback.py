@@ -64,7 +64,7 @@ def config_of(
             "calibration": {"trials": trials, "images": 32, "methods": list(methods), "percentiles": list(percentiles)},
             "engine": {"name": "openvino", "threads": 1},
             "benchmark": {"batch_sizes": [1], "duration_s": 0.02, "warmup_ms": 1.0, "rounds": 1},
-            "gate": {"max_drop_pp": 5, "min_speedup_fp32": 0.0, **gate},
+            "gate": {"max_drop_pp": 5, "min_speedup_fp32": 0.0, "max_slowdown": 1000, **gate},
             "fallback": fallback or {},
             "output": {"store": store, "directory": str(directory)},
         }

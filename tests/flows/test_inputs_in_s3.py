@@ -81,7 +81,7 @@ def config_in(directory, store):
             "calibration": {"trials": 1, "images": 16, "methods": ["max"]},
             "engine": {"name": "openvino", "threads": 1},
             "benchmark": {"batch_sizes": [1], "duration_s": 0.05, "warmup_ms": 1.0, "rounds": 2},
-            "gate": {"max_drop_pp": 100, "min_speedup_fp32": 0.0},
+            "gate": {"max_drop_pp": 100, "min_speedup_fp32": 0.0, "max_slowdown": 1000},
             "output": {"store": store, "directory": str(directory / "output")},
         }
     )  # fmt: skip

@@ -33,7 +33,7 @@ def config_of(file, images, directory, **sections):
         "calibration": {"trials": 2, "images": 16},
         "engine": {"name": "openvino", "threads": 1},
         "benchmark": {"batch_sizes": [1, 4], "duration_s": 0.05, "warmup_ms": 1.0, "rounds": 2},
-        "gate": {"max_drop_pp": 100, "min_speedup_fp32": 0.0},
+        "gate": {"max_drop_pp": 100, "min_speedup_fp32": 0.0, "max_slowdown": 1000},
         "output": {"store": f"file://{directory / 'store'}", "directory": str(directory / "output")},
     }
     for name, section in sections.items():

@@ -1,7 +1,6 @@
 """A run whose store is a bucket, run again: nothing is computed, no image is decoded."""
 
 import threading
-import time
 from pathlib import Path
 
 import networks
@@ -39,7 +38,7 @@ def config_of(checkpoint, folder, directory, uri):
             "calibration": {"trials": 2, "images": 16},
             "engine": {"name": "openvino", "threads": 1},
             "benchmark": {"batch_sizes": [1], "duration_s": 0.05, "warmup_ms": 1.0, "rounds": 2},
-            "gate": {"max_drop_pp": 100, "min_speedup_fp32": 0.0},
+            "gate": {"max_drop_pp": 100, "min_speedup_fp32": 0.0, "max_slowdown": 1000},
             "output": {"store": uri, "directory": str(directory)},
         }
     )
@@ -55,13 +54,10 @@ def test_an_unchanged_run_on_a_bucket_decodes_no_image_and_a_second_machine_find
     assert len(decoded) > 0
     decoded.clear()
 
-    started = time.monotonic()
     second = quantize_model(config_of(checkpoint, image_folder, tmp_path / "second", s3_uri))
-    seconds = time.monotonic() - started
     store = open_store(s3_uri)
     assert {note["cached"] for note in store.run_stages(second.run_id)} == {True}
     assert decoded == []
-    assert seconds < 10
 
     # Another machine: its cache is empty, its folder another one.
     monkeypatch.setenv("PTQ_CACHE_DIR", str(tmp_path / "another machine"))

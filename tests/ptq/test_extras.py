@@ -64,6 +64,13 @@ def test_a_cluster_on_this_machine_says_what_it_needs():
     assert "`make dask` needs the module distributed, which is not installed." in done.stderr
 
 
+def make_absent(monkeypatch, library):
+    """Has every import of the library fail, also of its modules that another test has imported already."""
+    loaded = [name for name in sys.modules if name.startswith(f"{library}.")]
+    for name in (library, *loaded):
+        monkeypatch.setitem(sys.modules, name, None)
+
+
 @pytest.mark.parametrize(
     ("absent", "module", "arguments", "said"),
     [
@@ -72,7 +79,7 @@ def test_a_cluster_on_this_machine_says_what_it_needs():
     ],
 )
 def test_a_command_says_what_it_needs(monkeypatch, capsys, absent, module, arguments, said):
-    monkeypatch.setitem(sys.modules, absent, None)
+    make_absent(monkeypatch, absent)
     monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setattr(sys, "argv", ["ptq", *arguments])
     with pytest.raises(SystemExit, match="2"):
@@ -81,7 +88,7 @@ def test_a_command_says_what_it_needs(monkeypatch, capsys, absent, module, argum
 
 
 def test_a_run_on_dask_says_what_it_needs(monkeypatch):
-    monkeypatch.setitem(sys.modules, "distributed", None)
+    make_absent(monkeypatch, "distributed")
     monkeypatch.delitem(sys.modules, "tasks.runtime.dask_runner", raising=False)
     runner = {"name": "dask", "address": "tcp://127.0.0.1:8786"}
     config = PtqConfig.model_validate({"model": {"checkpoint": "x.onnx"}, "data": {"path": "x"}, "runner": runner})

@@ -256,7 +256,7 @@ def base(prefect_backend, image_folder, tmp_path_factory):
         "calibration": {"methods": ["percentile"], "percentiles": [99.9], "trials": 1, "images": 24},
         "engine": {"name": "openvino", "threads": 1},
         "benchmark": {"batch_sizes": [1], "duration_s": 0.02, "warmup_ms": 1.0, "rounds": 1},
-        "gate": {"max_drop_pp": 100, "min_speedup_fp32": 0.0},
+        "gate": {"max_drop_pp": 100, "min_speedup_fp32": 0.0, "max_slowdown": 1000},
         "output": {"store": str(directory / "store"), "directory": str(directory / "output")},
     })  # fmt: skip
     assert computed(config) == {note["stage"] for note in notes(config, quantize_model(config).run_id)}

@@ -8,7 +8,7 @@ import re
 from PIL import Image
 from report_inputs import Page, benchmark, engine, hostile_inputs, make_inputs, many_classes, measurement, verdict
 
-from ptq.report.charts import box_plot_png, boxplot_png
+from ptq.report.charts import box_plot_png, report_box_plot_png
 from ptq.report.html import html_report
 from ptq.report.markdown import markdown_report
 
@@ -141,7 +141,7 @@ def test_a_report_without_measurements_says_so():
 
 
 def test_the_box_plot_file_is_the_picture_of_the_page(html):
-    png = boxplot_png(make_inputs())
+    png = report_box_plot_png(make_inputs())
     assert base64.b64encode(png).decode() in html
     assert png == box_plot_png(
         {"max": [79.01, 79.01], "entropy": [84.29, 84.78]},

@@ -2,18 +2,16 @@ import importlib
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from prefect import Task
 
 from ptq.config import PtqConfig
-from ptq.errors import ArtifactError, CalibrationError
+from ptq.errors import ArtifactError
 from ptq.records.base import ArtifactRef
 from ptq.records.graph import EngineIdentity
 from ptq.storage.store import open_store
 from tasks.runtime.context import RunContext, StageContext, value_of
-from tasks.runtime.retries import is_transient
 from tasks.runtime.stage import stage
 
 
@@ -115,15 +113,6 @@ def test_a_run_notes_what_it_found_and_what_it_computed(run):
 def test_every_stage_has_a_time_limit_and_its_own_name():
     assert double.name == "double"
     assert double.timeout_seconds == 10
-
-
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [(ConnectionError("reset"), True), (CalibrationError("no image"), False), (KeyError(), False)],
-)
-def test_only_transport_faults_are_worth_another_attempt(error, expected):
-    state = SimpleNamespace(result=lambda raise_on_failure: error)
-    assert is_transient(None, None, state) is expected
 
 
 CONFIG = PtqConfig.model_validate({"model": {"name": "resnet18", "checkpoint": "a.pth"}, "data": {"path": "images"}})
