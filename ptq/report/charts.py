@@ -7,6 +7,7 @@ beyond positions on the paper.
 
 import io
 from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -323,4 +324,11 @@ def report_box_plot_png(inputs: ReportInputs) -> bytes:
     title = f"{name if len(name) <= 28 else name[:27] + '…'}: {inputs.selection.test_split}, "
     title += f"{trials} draws" if trials != 1 else "1 draw"
     title += f" of {images_per_draw(inputs.draws)} images"
-    return box_plot_png(by_method, fp32_top1_percent=inputs.verdict.fp32.top1_percent, title=title)
+    methods = tuple((method, tuple(values)) for method, values in by_method.items())
+    return _drawn_once(methods, inputs.verdict.fp32.top1_percent, title)
+
+
+@lru_cache(maxsize=1)
+def _drawn_once(methods: tuple[tuple[str, tuple[float, ...]], ...], fp32_top1_percent: float, title: str) -> bytes:
+    """The box plot, which the page, the file beside it and the page of the run all show."""
+    return box_plot_png(dict(methods), fp32_top1_percent=fp32_top1_percent, title=title)

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import boto3
+import botocore.session
 from botocore import exceptions as faults
 from botocore.config import Config
+from botocore.loaders import create_loader
 from botocore.parsers import ResponseParserError
 
 from ptq.errors import ArtifactError
@@ -56,6 +58,9 @@ _BROKEN_BODY = (faults.IncompleteReadError, faults.ResponseStreamingError, Respo
 # All that a request may raise.
 REQUEST_ERRORS = (*_BROKEN_BODY, faults.BotoCoreError, faults.ClientError)
 
+# The descriptions of S3, which take 0.2 s to read: a process has several clients, and reads them once.
+_DESCRIPTIONS = create_loader()
+
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
@@ -74,8 +79,10 @@ def new_client(addressing: str) -> Any:
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
+    session = botocore.session.get_session()
+    session.register_component("data_loader", _DESCRIPTIONS)
     try:
-        client = boto3.Session().client("s3", config=config)
+        client = boto3.Session(botocore_session=session).client("s3", config=config)
     except faults.BotoCoreError as error:
         raise ArtifactError(
             f"boto3 cannot make an S3 client: {error}. Expected a region and valid settings; set AWS_DEFAULT_REGION, "

@@ -26,18 +26,24 @@ def server(tmp_path_factory):
         yield running
 
 
-@pytest.fixture
-def bucket(server, monkeypatch, tmp_path, image_folder):
-    """A client of the server, in whose bucket the checkpoint and the images are."""
-    for name, value in server.environment().items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("PTQ_CACHE_DIR", str(tmp_path / "cache"))
+@pytest.fixture(scope="module")
+def client(server, image_folder):
+    """A client of the server, in whose bucket the images are."""
     client = server.client()
-    put_checkpoint(client, tmp_path, seed=0)
     for path in sorted(image_folder.rglob("*.png")):
         client.upload_file(str(path), BUCKET, f"images/{path.relative_to(image_folder).as_posix()}")
     yield client
     client.close()
+
+
+@pytest.fixture
+def bucket(server, client, monkeypatch, tmp_path):
+    """That client; the server is the one of this process, its cache is empty, and the checkpoint is the first one."""
+    for name, value in server.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PTQ_CACHE_DIR", str(tmp_path / "cache"))
+    put_checkpoint(client, tmp_path, seed=0)
+    return client
 
 
 def put_checkpoint(client, folder, *, seed):
@@ -98,9 +104,8 @@ def run(config, work):
     return {note["stage"] for note in notes if not note["cached"]}
 
 
-@pytest.mark.parametrize("kind", ["file", "s3"])
-def test_only_what_changed_in_the_bucket_is_read_and_computed_again(bucket, work, tmp_path, kind, image_folder):
-    config = config_in(tmp_path, f"s3://{BUCKET}/store" if kind == "s3" else f"file://{tmp_path / 'store'}")
+def test_only_what_changed_in_the_bucket_is_read_and_computed_again(bucket, work, tmp_path, image_folder):
+    config = config_in(tmp_path, f"s3://{BUCKET}/store")
     images = {f"images/{path.relative_to(image_folder).as_posix()}" for path in image_folder.rglob("*.png")}
 
     assert "index_images" in run(config, work)

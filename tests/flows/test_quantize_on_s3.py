@@ -44,7 +44,7 @@ def config_of(checkpoint, folder, directory, uri):
     )
 
 
-def test_an_unchanged_run_on_a_bucket_decodes_no_image_and_a_second_machine_finds_its_stages(
+def test_a_second_machine_finds_the_stages_of_a_run_on_a_bucket_and_decodes_no_image(
     s3_uri, image_folder, tmp_path, monkeypatch, decoded
 ):
     checkpoint = tmp_path / "small.pth"
@@ -54,17 +54,13 @@ def test_an_unchanged_run_on_a_bucket_decodes_no_image_and_a_second_machine_find
     assert len(decoded) > 0
     decoded.clear()
 
+    # Another machine: its cache is empty, its folder another one.
+    monkeypatch.setenv("PTQ_CACHE_DIR", str(tmp_path / "another machine"))
     second = quantize_model(config_of(checkpoint, image_folder, tmp_path / "second", s3_uri))
     store = open_store(s3_uri)
     assert {note["cached"] for note in store.run_stages(second.run_id)} == {True}
     assert decoded == []
-
-    # Another machine: its cache is empty, its folder another one.
-    monkeypatch.setenv("PTQ_CACHE_DIR", str(tmp_path / "another machine"))
-    third = quantize_model(config_of(checkpoint, image_folder, tmp_path / "third", s3_uri))
-    assert {note["cached"] for note in store.run_stages(third.run_id)} == {True}
-    assert decoded == []
-    assert len(store.run_stages(third.run_id)) == len(store.run_stages(first.run_id)) >= 15
-    models = [(tmp_path / name / "model_int8.onnx").read_bytes() for name in ("first", "second", "third")]
-    assert models[0] == models[1] == models[2]
+    assert len(store.run_stages(second.run_id)) == len(store.run_stages(first.run_id)) >= 15
+    models = [(tmp_path / name / "model_int8.onnx").read_bytes() for name in ("first", "second")]
+    assert models[0] == models[1]
     assert any(path.is_file() for path in Path(tmp_path / "another machine").rglob("*"))

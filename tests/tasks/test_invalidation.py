@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 import uuid
+from functools import cache
 from pathlib import Path
 
 import networks
@@ -17,6 +18,7 @@ from ptq import provenance
 from ptq.config import PtqConfig
 from ptq.provenance import read_sources
 from ptq.storage.store import open_store
+from tasks.runtime import code_digest
 from tasks.runtime.code_digest import NOT_COUNTED, SourceTree
 
 ROOT = Path(__file__).parents[2]
@@ -36,32 +38,37 @@ ON_METHODS = {"compute_amax", "collect_statistics", "collect_shard", "carry_amax
 FAKE_QUANTIZED = {"export_qdq", "choose_methods", "rank_layers", "fine_tune"}
 
 
-def copied(tmp_path):
-    for package in ("ptq", "tasks"):
-        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
-    return tmp_path
+SOURCES = read_sources(ROOT)
 
 
-def digests(root):
-    tree = SourceTree(read_sources(root))
+@pytest.fixture(scope="module", autouse=True)
+def parsed_once():
+    """A file that is as it was is not parsed again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(code_digest, "_parsed", cache(code_digest._parsed))
+        yield
+
+
+def digests(edits):
+    """The digest of every stage with other content of some files."""
+    tree = SourceTree(SOURCES | edits)
     return {stage: tree.code_of(module, stage).sha256 for module, stage in STAGES}
 
 
-def edited(file, function, line):
-    """Puts a line before the last statement of a function or method."""
-    source = file.read_text()
+def edited(source, function, line):
+    """The source, as bytes, with a line before the last statement of a function or method."""
     body = ast.parse(source).body
     for name in function.split("."):
         (node,) = [item for item in body if getattr(item, "name", "") == name]
         body = node.body
-    lines = source.splitlines()
+    lines = source.decode().splitlines()
     lines.insert(body[-1].lineno - 1, " " * body[-1].col_offset + line)
-    file.write_text("\n".join(lines) + "\n")
+    return ("\n".join(lines) + "\n").encode()
 
 
 @pytest.fixture(scope="module")
 def before():
-    return digests(ROOT)
+    return digests({})
 
 
 def test_there_are_stages_to_look_at():
@@ -97,25 +104,23 @@ def test_there_are_stages_to_look_at():
         ("tasks/runtime/stage.py", "stage", set()),
     ],
 )  # fmt: skip
-def test_a_line_of_code_changes_the_stages_that_reach_it(tmp_path, before, file, function, expected):
-    edited(copied(tmp_path) / file, function, "_edited = 1")
-    after = digests(tmp_path)
+def test_a_line_of_code_changes_the_stages_that_reach_it(before, file, function, expected):
+    after = digests({file: edited(SOURCES[file], function, "_edited = 1")})
     assert {stage for stage in before if after[stage] != before[stage]} == expected
 
 
 @pytest.mark.parametrize("line", ["# a comment", "\n\n"])
-def test_comments_and_blank_lines_change_no_stage(tmp_path, before, line):
-    edited(copied(tmp_path) / "ptq/numerics/amax.py", "entropy_bin", line)
-    assert digests(tmp_path) == before
+def test_comments_and_blank_lines_change_no_stage(before, line):
+    file = "ptq/numerics/amax.py"
+    assert digests({file: edited(SOURCES[file], "entropy_bin", line)}) == before
 
 
-def test_a_docstring_changes_no_stage(tmp_path, before):
-    file = copied(tmp_path) / "ptq/numerics/amax.py"
-    source = file.read_text()
+def test_a_docstring_changes_no_stage(before):
+    file = "ptq/numerics/amax.py"
+    source = SOURCES[file].decode()
     docstring = ast.get_docstring(next(n for n in ast.parse(source).body if getattr(n, "name", "") == "mse_bin"), False)
-    file.write_text(source.replace(docstring, "Another sentence."))
-    assert file.read_text() != source
-    assert digests(tmp_path) == before
+    assert source.count(docstring) == 1
+    assert digests({file: source.replace(docstring, "Another sentence.").encode()}) == before
 
 
 @pytest.mark.parametrize(
@@ -139,7 +144,7 @@ def test_every_way_to_reach_code_is_followed(tmp_path, source, edit):
         "def low():\n    return 1\n\nclass Low:\n    def low(self):\n        return 1\n\nTABLE = {1: low}\n"
     )
     first = SourceTree(read_sources(tmp_path)).code_of("ptq.top", "top").sha256
-    edited(below, *edit)
+    below.write_bytes(edited(below.read_bytes(), *edit))
     assert SourceTree(read_sources(tmp_path)).code_of("ptq.top", "top").sha256 != first
 
 
@@ -199,6 +204,7 @@ NO_NUMBERS = {
 }  # fmt: skip
 
 
+@cache
 def nodes_of(*packages):
     paths = [path for package in packages for path in sorted((ROOT / package).rglob("*.py"))]
     return [
@@ -300,15 +306,20 @@ def changed(config, field, value):
             "export_qdq", "correct_biases", *DOWN_FROM_AMAX,
         }),
         ("data.preprocessing.mean", (0.5, 0.5, 0.5), {"evaluate_baseline", *DOWN_FROM_DRAWS}),
-        ("model.publish_as", "another", set()),
-        ("output.directory", "another", set()),
-        ("engine.name", "auto", set()),
-        ("fallback.images", 8, set()),
     ],
 )  # fmt: skip
 def test_a_setting_repeats_the_stages_that_use_it(base, tmp_path, monkeypatch, field, value, expected):
     monkeypatch.chdir(tmp_path)
     assert computed(changed(base, field, value)) == expected
+
+
+def test_settings_that_change_no_result_repeat_nothing(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = base
+    settings = {"model.publish_as": "a", "output.directory": "another", "engine.name": "auto", "fallback.images": 8}
+    for field, value in settings.items():
+        config = changed(config, field, value)
+    assert computed(config) == set()
 
 
 def drawn_and_other_image(config):
