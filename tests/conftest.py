@@ -26,6 +26,12 @@ os.environ["PTQ_LOCK_DIR"] = _LOCKS.name
 os.environ.setdefault("PREFECT_SERVER_SERVICES_EVENT_PERSISTER_FLUSH_INTERVAL", "0.5")
 
 
+def pytest_itemcollected(item):
+    """Coverage is that of the other tests: to trace Prefect through whole flows takes a third of their time more."""
+    if item.path.parent.name in ("flows", "deployments"):
+        item.add_marker("no_cover")
+
+
 @pytest.fixture(scope="session")
 def prefect_backend(tmp_path_factory):
     """A Prefect server for the session, with a database and a result folder of its own."""
