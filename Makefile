@@ -27,6 +27,7 @@ lint: .venv/installed
 test: lint
 	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder --cov --cov-report=
 	$(BIN)/python -m tests.support.coverage_by_room
+	$(BIN)/python -m coverage report --format=total
 	PTQ_CHECK_SHAPES=1 $(BIN)/python -m pytest -n $(PROCESSES) tests/ptq/numerics
 
 test-slow: .venv/installed

@@ -36,6 +36,7 @@ from ptq.engines.base import Engine, Runner
 from ptq.evaluation.benchmark import machine_description
 from ptq.files import npy_from_array
 from ptq.graph.candidate import write_candidate
+from ptq.graph.pair_sums import limit_pair_sums
 from ptq.graph.summary import summarize_onnx
 from ptq.networks.fake_quant import exportable_fake_quant, fake_quant_from_folded, weight_amax
 from ptq.networks.network import NetworkKind, network_from_weights
@@ -106,6 +107,7 @@ def structure(network: Network) -> dict[str, Any]:
         template, weights=prepared.files["weights"], plan=plan, name=network.name, num_classes=prepared.num_classes,
         input_shape=shape,
     )  # fmt: skip
+    limit_pair_sums(template, template, plan=plan)
     kind = NetworkKind(network.name, prepared.num_classes, shape)
     folded = network_from_weights(prepared.files["weights"], kind).folded
     inputs = network_input(pixels[: network.options.parity_images], mean=MEAN, std=STD)

@@ -28,6 +28,7 @@ from ptq.config import Dialect, QuantizationConfig
 from ptq.data.images import network_input
 from ptq.engines.openvino_activations import open_activation_readers
 from ptq.graph.candidate import write_candidate
+from ptq.graph.pair_sums import limit_pair_sums
 from ptq.numerics.metrics import cosine_per_image
 from ptq.quantization.prepare_torch import prepare_torch_model, write_template
 
@@ -61,6 +62,7 @@ def sound_graphs(name: str, *, side: int, directory: Path) -> list[Sound]:
         template, weights=prepared.files["weights"], plan=prepared.plan, name=name, num_classes=prepared.num_classes,
         input_shape=shape,
     )  # fmt: skip
+    limit_pair_sums(template, template, plan=prepared.plan)
     (read,) = open_activation_readers(prepared.files["observed_onnx"], workers=1)
     images = network_input(random_pixels(2, side=side, seed=3), mean=MEAN, std=STD)
     seen = [[float(np.abs(tensor).max()) for tensor in read(image[None])] for image in images]

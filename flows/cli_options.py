@@ -39,6 +39,7 @@ QUANTIZE = {
     "seed": "calibration.seed",
     "engine": "engine.name",
     "threads": "engine.threads",
+    "isa": "engine.isa",
     "dialect": "quantization.dialects",
     "weight_method": "quantization.weight_method",
     "skip_layer": "quantization.skip_layers",

@@ -3,14 +3,13 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from flows.judging import Judged, equalized, judge
+from flows.judging import Judged, equalized, exported, judge
 from ptq.config import WeightMethod
 from ptq.records.calibration import AmaxRecord
 from ptq.records.decision import Attempt, AttemptKind, RunFindings
 from ptq.records.plan import ModelRecord
 from tasks.runtime.context import RunContext
 from tasks.stages.evaluation import evaluate, select_candidate
-from tasks.stages.export import export_qdq
 from tasks.stages.fallback import carry_amax, choose_methods, fine_tune, rank_layers, summarize_attempts
 from tasks.stages.model import prepare_model
 
@@ -73,7 +72,7 @@ def _attempt(
     run = judged.run
     # QAT trains weights within their largest |w|, which is then their amax.
     weight_method: WeightMethod = "max" if kind == "qat" else run.config.quantization.weight_method
-    template = export_qdq(model, weight_method, run=run)
+    template = exported(model, weight_method, run)
     evaluation = evaluate(model, template, amax, judged.baseline, judged.images, run=run)
     selection = select_candidate([evaluation], [amax], judged.baseline, run=run)
     selection = replace(selection, spreads=(*first.selection.spreads, *selection.spreads))

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ptq.config import Precision
+from ptq.config import Precision, WeightMethod
 from ptq.records.base import ArtifactRef
 from ptq.records.benchmark import PublishedLatency
 from ptq.records.calibration import AmaxRecord, CalibrationDraws
@@ -17,7 +17,7 @@ from tasks.runtime.context import RunContext
 from tasks.stages.benchmark import benchmark, benchmark_published
 from tasks.stages.engine import build_engine
 from tasks.stages.evaluation import evaluate_published
-from tasks.stages.export import write_graph
+from tasks.stages.export import export_qdq, limit_pair_sums, write_graph
 from tasks.stages.graph_checks import validate_graph
 from tasks.stages.model import equalize_channels
 from tasks.stages.publication import decide
@@ -39,6 +39,12 @@ class Judged:
 def equalized(model: ModelRecord, reference: ModelRecord, draws: CalibrationDraws, run: RunContext) -> ModelRecord:
     """Equalize channels where the config asks for it, by the ranges that `reference` shows."""
     return equalize_channels(model, reference, draws, run=run) if run.config.quantization.equalization else model
+
+
+def exported(model: ModelRecord, weight_method: WeightMethod, run: RunContext) -> ArtifactRef:
+    """Export the Q/DQ template, its weights fit for every processor where the model is to run on other ones too."""
+    template = export_qdq(model, weight_method, run=run)
+    return limit_pair_sums(template, model, run=run) if run.limits_pair_sums else template
 
 
 def judge(

@@ -9,7 +9,7 @@ from prefect import flow, runtime, unmapped
 from prefect.logging import get_run_logger
 
 from flows.fallback_attempts import fall_back
-from flows.judging import Judged, compare_with_version_in_service, equalized, judge
+from flows.judging import Judged, compare_with_version_in_service, equalized, exported, judge
 from ptq.config import PtqConfig
 from ptq.records.base import ArtifactRef, digest
 from ptq.records.calibration import AmaxRecord, CalibrationDraws, StatisticsRecord
@@ -25,7 +25,6 @@ from tasks.stages.calibration import collect_shard, collect_statistics, correct_
 from tasks.stages.data import draw_calibration_images, index_images, prepare_split
 from tasks.stages.engine import list_precisions, resolve_engine
 from tasks.stages.evaluation import evaluate, evaluate_baseline, select_candidate
-from tasks.stages.export import export_qdq
 from tasks.stages.fallback import is_worth_trying
 from tasks.stages.model import prepare_model
 from tasks.stages.publication import check_destinations, publish, write_report
@@ -59,7 +58,7 @@ def _quantize_model(config: PtqConfig) -> RunResult:
     images = {split: prepare_split(data, split, run.decoding, run=run) for split in run.evaluated_splits}
 
     statistics = _statistics(model, draws, run)
-    template = export_qdq(model, config.quantization.weight_method, run=run)
+    template = exported(model, config.quantization.weight_method, run)
     tables = _amax_tables(statistics, model, template, run)
     baseline = evaluate_baseline(model.fp32_onnx, images, run=run)
     judged = Judged(run, data, loaded, statistics.draws, images, baseline)

@@ -16,6 +16,17 @@ Dialect = Literal["cpu", "tensorrt"]
 EngineName = Literal["auto", "openvino", "tensorrt", "onnxruntime"]
 WeightMethod = Literal["max", "mse"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
+# Instruction sets that kernels can be limited to, as oneDNN names them, from the oldest to the newest.
+Isa = Literal[
+    "sse41",
+    "avx2",
+    "avx2_vnni",
+    "avx512_core",
+    "avx512_core_vnni",
+    "avx512_core_bf16",
+    "avx512_core_fp16",
+    "avx512_core_amx",
+]
 
 METHODS: tuple[Method, ...] = get_args(Method)
 Percentile = Annotated[float, Field(gt=0, le=100)]
@@ -24,6 +35,7 @@ LEAST_ADAPTIVE_IMAGES = 32
 DEFAULT_STORE = "file://.ptq/store"
 DIALECTS: tuple[Dialect, ...] = get_args(Dialect)
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
+ISAS: tuple[Isa, ...] = get_args(Isa)
 # In which `ptq export` writes a graph.
 EXPORT_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
 _SCHEDULER = re.compile(r"(tcp|tls)://[^/:@\s]+:[0-9]{1,5}")
@@ -329,6 +341,11 @@ class EngineConfig(_Section):
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of the engine; 0: all cores.")
     float_remainder: Literal["fp32", "bf16"] = Field(
         "fp32", description="Precision of what stays in float in an INT8 graph on a CPU."
+    )
+    isa: Literal["portable", "native", Isa] = Field(
+        "portable",
+        description="CPUs the INT8 model is right on: portable, every x86 CPU with AVX2 or newer; native, those like "
+        "this one; or the instruction set, such as avx2, that this run is limited to.",
     )
     evaluation_batch_size: int = Field(32, ge=1, le=1024, description="Images per inference during evaluation.")
 

@@ -23,3 +23,12 @@ def first_line(error: Exception) -> str:
     """
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return line.split(". ")[0][:200].rstrip(".")
+
+
+def engine_text(name: str, version: str, device: str, isa: str = "") -> str:
+    """Returns which engine ran, and on what.
+
+    >>> engine_text("openvino", "2026.4.1", "AMD EPYC", "avx2")
+    'openvino 2026.4.1 on AMD EPYC (avx2)'
+    """
+    return f"{name} {version} on {device}{f' ({isa})' if isa else ''}"

@@ -31,7 +31,7 @@ ROOMS = {
     "graph": {*GROUND, "records", "numerics"},
     "networks": {*GROUND, "records", "numerics", "data", "graph"},
     "engines": {*GROUND, "records", "graph"},
-    "checks": {*GROUND, "records", "graph"},
+    "checks": {*GROUND, "records", "numerics", "graph"},
     "quantization": {*GROUND, "records", "numerics", "graph", "networks", "engines"},
     "calibration": {*GROUND, "records", "numerics", "data", "graph", "engines", "quantization"},
     "evaluation": {

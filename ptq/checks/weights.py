@@ -6,7 +6,9 @@ import numpy as np
 
 from ptq.checks.subject import Found, Subject, check, dead_channels
 from ptq.graph.nodes import better_axis, channel_ratios, label, scale_of
+from ptq.graph.pair_sums import outputs_first
 from ptq.graph.qdq_graph import Weight
+from ptq.numerics.saturation import LARGEST_INPUT, LARGEST_SUM, largest_sums
 
 _SATURATED_SHARE = 0.01
 _RATIO_BOUNDS = (0.3, 3.0)
@@ -102,6 +104,30 @@ def _weight_saturation(subject: Subject) -> Found:
         share = float(np.mean(np.abs(weight.values / step.reshape(shape)) > 127.5))
         if share > _SATURATED_SHARE:
             yield weight.node, f"{100 * share:.1f} % of the weights lie outside the INT8 range."
+
+
+@check("weight-pair-sums", "warning", "Quantize with `--isa portable`, or run on processors with VNNI alone.")
+def _weight_pair_sums(subject: Subject) -> Found:
+    for weight, step, _ in _fitting_steps(subject) if subject.dialect == "cpu" else ():
+        node, values = weight.layer.node, weight.values
+        groups = node.attrs.get("group", 1)
+        is_regular = (
+            isinstance(groups, int)
+            and groups >= 1
+            and values.ndim >= 2
+            and not any(values.shape[axis] % groups for axis in (0, 1)[: 1 + (node.op == "ConvTranspose")])
+        )
+        if weight.axis is None or values.dtype == np.uint8 or not is_regular:
+            continue
+        turned = outputs_first(values.astype(np.float32), weight.axis, node.op, groups)
+        factors = np.full(turned.shape[1] * groups, LARGEST_INPUT)
+        sums = largest_sums(turned, np.tile(step.ravel(), len(turned) // step.size), factors, groups=groups)
+        if sums.max(initial=0) > LARGEST_SUM:
+            yield (
+                weight.node,
+                f"Two products of {label(node)} can add up to {sums.max():,.0f}; processors without VNNI cut such a "
+                f"sum off at {LARGEST_SUM:,}, in {int((sums > LARGEST_SUM).sum())} of {sums.size} output channels.",
+            )
 
 
 @check("weight-channel-zero", "warning", "Prune the channels, or look at the training; scale per channel.")

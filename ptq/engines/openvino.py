@@ -36,6 +36,7 @@ from ptq.engines.base import (
     require_classifier,
     time_calls,
 )
+from ptq.engines.isa import current_isa
 from ptq.errors import EngineBuildError
 from ptq.records.graph import EngineIdentity, LayerReport
 
@@ -81,12 +82,13 @@ class OpenVinoEngine:
         self._core = openvino.Core()
 
     def identity(self) -> EngineIdentity:
-        """Returns OpenVINO's release and the name of the CPU."""
+        """Returns OpenVINO's release, the name of the CPU and the instruction set that its kernels use."""
         return EngineIdentity(
             name="openvino",
             version=openvino.__version__.split("-")[0],
             device=str(self._core.get_property(DEVICE, "FULL_DEVICE_NAME")),
             threads=self._threads,
+            isa=current_isa(),
         )
 
     def precisions(self) -> tuple[Precision, ...]:

@@ -78,7 +78,7 @@ def read_layers(template: Path, *, plan: PlacementPlan) -> list[LayerParameters]
     """Returns the parameters of every quantized layer of a template that has a bias."""
     model = onnx.load(template)
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-    nodes = _layer_nodes(model, plan)
+    nodes = layer_nodes(model, plan)
     return [
         LayerParameters(
             name=layer,
@@ -91,8 +91,8 @@ def read_layers(template: Path, *, plan: PlacementPlan) -> list[LayerParameters]
     ]
 
 
-def _layer_nodes(model: onnx.ModelProto, plan: PlacementPlan) -> dict[str, onnx.NodeProto]:
-    """The node of every quantized layer, found through its weight: weight -> Q -> DQ (-> Transpose) -> node."""
+def layer_nodes(model: onnx.ModelProto, plan: PlacementPlan) -> dict[str, onnx.NodeProto]:
+    """Returns the node of every quantized layer, found through its weight: weight -> Q -> DQ (-> Transpose) -> node."""
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in model.graph.node:
         for name in node.input:
@@ -111,7 +111,7 @@ def _bias_names(model: onnx.ModelProto, plan: PlacementPlan) -> dict[str, str]:
     """The initializer that holds the bias of every quantized layer that has one, by layer name."""
     initializers = {tensor.name for tensor in model.graph.initializer}
     names = {}
-    for layer, node in _layer_nodes(model, plan).items():
+    for layer, node in layer_nodes(model, plan).items():
         if len(node.input) > 2 and node.input[2] in initializers:
             names[layer] = node.input[2]
         elif f"{layer}.bias" in initializers:  # a linear layer on tokens is MatMul and Add

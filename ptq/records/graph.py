@@ -48,12 +48,17 @@ class GraphChecks:
 
 @dataclass(frozen=True, slots=True)
 class EngineIdentity:
-    """Which engine, at which version, on which device, with how many threads (0 for a GPU)."""
+    """Which engine, at which version, on which device, with how many threads (0 for a GPU).
+
+    `isa` is the instruction set that the engine's kernels use, as `ptq.engines.isa` names it: processors of one name
+    differ in it, and so in their results. Empty where it changes no result.
+    """
 
     name: str
     version: str
     device: str
     threads: int
+    isa: str = ""
 
 
 @dataclass(frozen=True, slots=True)

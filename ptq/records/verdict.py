@@ -23,6 +23,7 @@ class VerdictEngine(_Part):
     name: str
     version: str
     device: str
+    isa: str = ""
 
 
 class VerdictBaseline(_Part):

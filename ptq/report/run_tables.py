@@ -36,6 +36,7 @@ from ptq.report.inputs import (
     slower_than_float,
     test_metrics,
 )
+from ptq.wording import engine_text
 
 FLIPPED_IMAGES_SHOWN = 50
 CLASSES_IN_A_TABLE = 50
@@ -388,7 +389,7 @@ def provenance_tables(inputs: ReportInputs) -> tuple[Table, ...]:
         ("Images in more than one split", f"{data.duplicates_across_splits:,}"),
         (
             "Engine",
-            f"{engine.name} {engine.version} on {engine.device}"
+            engine_text(engine.name, engine.version, engine.device, engine.isa)
             + (f", {engine.threads} threads" if engine.threads else ""),
         ),
         ("Measured on", inputs.benchmark.machine + (f" at {clock:,.0f} MHz" if clock else "")),

@@ -16,6 +16,7 @@ from ptq.records.benchmark import BenchmarkRecord
 from ptq.records.decision import RunDecision, RunResult
 from ptq.records.verdict import Verdict
 from ptq.storage.store import Store
+from ptq.wording import engine_text
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +162,7 @@ def _findings(store: Store, result: RunResult, notes: list[dict[str, Any]]) -> N
             NightLatency(size, latency.get(("int8", size)), latency.get(("fp32", size)))
             for size in sorted({size for _, size in latency})
         ),
-        engine=f"{verdict.engine.name} {verdict.engine.version} on {verdict.engine.device}",
+        engine=engine_text(**verdict.engine.model_dump()),
         machine=_machine(verdict, store, notes),
     )
 

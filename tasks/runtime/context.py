@@ -10,6 +10,7 @@ from functools import reduce
 from typing import Any
 
 from ptq.config import Decoding, Dialect, Normalization, Precision, PtqConfig, StoppingRule
+from ptq.engines.isa import adds_in_16_bits
 from ptq.records.graph import EngineIdentity
 from ptq.storage.store import Store, open_store
 
@@ -55,6 +56,13 @@ class RunContext(StageContext):
     def dialect(self) -> Dialect:
         """The dialect of the graphs that are evaluated."""
         return self.dialects[0]
+
+    @property
+    def limits_pair_sums(self) -> bool:
+        """Whether weights keep sums of two products within 16 bits, as processors without VNNI need it."""
+        if self.identity.name == "tensorrt":
+            return False
+        return self.config.engine.isa == "portable" or adds_in_16_bits(self.identity.isa)
 
     @property
     def normalization(self) -> Normalization:

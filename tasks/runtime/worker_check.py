@@ -13,6 +13,7 @@ from ptq.provenance import library_versions, package_digest
 from ptq.records.base import ArtifactRef
 from ptq.records.graph import EngineIdentity
 from ptq.storage.store import open_store
+from ptq.wording import engine_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,4 +83,5 @@ def worker_mismatch(terms: WorkerRequirements) -> str:
 
 
 def _described(engine: EngineIdentity) -> str:
-    return f"{engine.name} {engine.version} on {engine.device} with {engine.threads} threads"
+    described = engine_text(engine.name, engine.version, engine.device, engine.isa)
+    return f"{described} with {engine.threads} threads"

@@ -8,8 +8,10 @@ from prefect.logging import get_run_logger
 
 from ptq.config import EngineConfig, Precision
 from ptq.engines import int8_share, open_engine
+from ptq.engines.isa import play_isa
 from ptq.records.base import ArtifactRef, digest
 from ptq.records.graph import EngineIdentity, EngineRecord
+from ptq.wording import engine_text
 from tasks.runtime.context import RunContext
 from tasks.runtime.stage import stage
 
@@ -17,8 +19,11 @@ from tasks.runtime.stage import stage
 @task(timeout_seconds=120, cache_policy=NO_CACHE)
 def resolve_engine(engine: EngineConfig) -> EngineIdentity:
     """Find out which engine, version and device this machine has."""
+    if engine.isa not in ("portable", "native"):
+        play_isa(engine.isa)
     identity = open_engine(engine.name, threads=engine.threads).identity()
-    get_run_logger().info("Engine %s %s on %s", identity.name, identity.version, identity.device)
+    described = engine_text(identity.name, identity.version, identity.device, identity.isa)
+    get_run_logger().info("Engine %s", described)
     return identity
 
 

@@ -8,6 +8,7 @@ from prefect.logging import get_run_logger
 
 from ptq.config import Dialect, WeightMethod
 from ptq.files import arrays_from_npz
+from ptq.graph import pair_sums
 from ptq.graph.candidate import write_candidate
 from ptq.graph.insertion import write_qdq_template
 from ptq.quantization.prepare_torch import write_template
@@ -42,6 +43,24 @@ def export_qdq(model: ModelRecord, weight_method: WeightMethod, *, run: StageCon
         template = store.put_file(path)
     get_run_logger().info("Exported the Q/DQ template, %d bytes", template.size_bytes)
     return template
+
+
+@stage(returns=ArtifactRef, timeout_seconds=600)
+def limit_pair_sums(template: ArtifactRef, model: ModelRecord, *, run: StageContext) -> ArtifactRef:
+    """Write the template with weight scales at which no processor without VNNI saturates."""
+    store = run.store
+    plan = plan_from_file(store.get_path(model.plan))
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "template.onnx"
+        found = pair_sums.limit_pair_sums(store.get_path(template), path, plan=plan)
+        get_run_logger().info(
+            "Right on every CPU: %d of %d weight scales in %d layers grew, by up to %.2f",
+            found.grown,
+            found.scales,
+            found.layers,
+            found.largest_factor,
+        )
+        return store.put_file(path)
 
 
 @stage(returns=GraphRecord, timeout_seconds=600, run_name="write_graph-{dialect}")

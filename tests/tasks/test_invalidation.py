@@ -88,6 +88,7 @@ def test_there_are_stages_to_look_at():
         }),
         ("ptq/checks/run.py", "check_graph", {"validate_graph"}),
         ("ptq/evaluation/gate.py", "decide", {"decide"}),
+        ("ptq/numerics/saturation.py", "neighbours", {"limit_pair_sums", "validate_graph"}),
         ("ptq/numerics/paired_test.py", "mcnemar_p", {"select_candidate", "compare_with_published"}),
         ("ptq/evaluation/versus_published.py", "compare", {"compare_with_published"}),
         ("tasks/runtime/machine_lock.py", "shared_machine", set()),
@@ -247,7 +248,8 @@ def test_what_is_not_counted_exists():
 
 DOWN_FROM_SELECTION = {"write_graph", "validate_graph", "build_engine", "benchmark", "decide"}
 DOWN_FROM_AMAX = {"compute_amax", "evaluate", "select_candidate", *DOWN_FROM_SELECTION}
-DOWN_FROM_DRAWS = {"equalize_channels", "collect_statistics", "export_qdq", "correct_biases", *DOWN_FROM_AMAX}
+EXPORTED = {"export_qdq", "limit_pair_sums"}
+DOWN_FROM_DRAWS = {"equalize_channels", "collect_statistics", "correct_biases", *EXPORTED, *DOWN_FROM_AMAX}
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +305,7 @@ def changed(config, field, value):
         ("benchmark.batch_sizes", [2], {"build_engine", "benchmark", "decide"}),
         ("quantization.skip_layers", ["block1.conv1"], {"prepare_model", *DOWN_FROM_DRAWS}),
         ("quantization.weight_method", "mse", {
-            "export_qdq", "correct_biases", *DOWN_FROM_AMAX,
+            *EXPORTED, "correct_biases", *DOWN_FROM_AMAX,
         }),
         ("data.preprocessing.mean", (0.5, 0.5, 0.5), {"evaluate_baseline", *DOWN_FROM_DRAWS}),
     ],
@@ -353,7 +355,7 @@ def repaint(path):
 def test_a_changed_image_that_was_drawn_repeats_all_but_the_other_splits_and_the_model(base, images):
     config, root = images
     repaint(root / drawn_and_other_image(base)[0].relative_to(base.data.path))
-    assert computed(config) == {"index_images", "draw_calibration_images", *DOWN_FROM_DRAWS} - {"export_qdq"}
+    assert computed(config) == {"index_images", "draw_calibration_images", *DOWN_FROM_DRAWS} - EXPORTED
 
 
 def test_a_changed_image_that_was_not_drawn_repeats_the_draw_alone(base, images):
@@ -378,6 +380,12 @@ def test_another_checkpoint_repeats_all_but_the_images(base, tmp_path):
     torch.save({name: value * 1.5 for name, value in state.items()}, tmp_path / "other.pth")
     config = changed(base, "model.checkpoint", str(tmp_path / "other.pth"))
     assert computed(config) == {"prepare_model", "evaluate_baseline", *DOWN_FROM_DRAWS}
+
+
+def test_what_an_engine_computed_under_one_instruction_set_is_not_used_under_another(base, monkeypatch):
+    monkeypatch.setattr("ptq.engines.openvino.current_isa", lambda: "avx512_core_vnni")
+    expected = {"evaluate_baseline", "evaluate", "build_engine", "benchmark", "decide"}
+    assert computed(base) == expected
 
 
 @pytest.mark.slow

@@ -103,6 +103,8 @@ def test_the_asymmetric_qdq_file_of_onnxruntime_is_read_and_its_faults_are_named
         ("residual-add", "warning"),
         # The quantizer drops the ReLU before a Q whose zero point is 0: the Q then clips in its place.
         ("uint8-never-negative", "error"),
+        # Without `reduce_range`.
+        ("weight-pair-sums", "warning"),
         ("weight-per-channel", "warning"),
         ("zero-point-zero", "warning"),
     }

@@ -93,6 +93,13 @@ CASES = {
     "weights saturate": Case(
         fault=weight_scales_become(0.5), check="weight-saturation", severity="warning", node="block1.conv1.weight/Q"
     ),
+    "pairs that add up to more than 16 bits": Case(
+        fault=weight_scales_become(0.5),
+        check="weight-pair-sums",
+        severity="warning",
+        node="block1.conv1.weight/Q",
+        dialect="cpu",
+    ),
     "weight stored as int8": Case(
         fault=a_weight_is_stored_as_int8, check="weight-prequantized", severity="warning", node="left.weight/DQ"
     ),

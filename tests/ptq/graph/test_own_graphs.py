@@ -7,6 +7,7 @@ from networks import Untraceable, small_resnet
 from ptq.checks.run import check_graph
 from ptq.dialect import observed_names
 from ptq.graph.candidate import write_candidate
+from ptq.graph.pair_sums import limit_pair_sums
 from ptq.networks.export import export_qdq_template
 from ptq.networks.factory import create_model
 from ptq.networks.fake_quant import fake_quant_from_folded, weight_amax
@@ -38,7 +39,8 @@ def findings_of(model, directory, *, side, **options):
     fake_quant = fake_quant_from_folded(
         folded.module, plan, dialect="tensorrt", activation_amax=amax, weight_amax=weight_amax(folded.module, plan)
     )
-    export_qdq_template(fake_quant, directory / "template.onnx", plan=plan, input_shape=shape)
+    export_qdq_template(fake_quant, directory / "native.onnx", plan=plan, input_shape=shape)
+    limit_pair_sums(directory / "native.onnx", directory / "template.onnx", plan=plan)
     allowed = (*plan.float_layers, *plan.float_operators)
     found = []
     for dialect in ("cpu", "tensorrt"):

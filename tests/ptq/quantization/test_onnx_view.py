@@ -17,6 +17,7 @@ from ptq.config import QuantizationConfig
 from ptq.errors import CheckpointError, ExportError, UsageError
 from ptq.graph.candidate import read_layers, write_candidate
 from ptq.graph.insertion import write_qdq_template
+from ptq.graph.pair_sums import limit_pair_sums
 from ptq.networks.factory import create_model
 from ptq.networks.folding import fold_model
 from ptq.quantization.prepare_onnx import prepare_onnx_model
@@ -37,8 +38,9 @@ def plan_of(make, directory, **options):
 
 def candidate(found, directory, *, dialect="cpu", shape=(3, 8, 8), classes=4):
     """Writes template and candidate with every amax 1, checks them and returns the candidate's path."""
-    template, path = directory / "template.onnx", directory / f"{dialect}.onnx"
-    write_qdq_template(found.files["weights"], template, plan=found.plan)
+    native, template, path = (directory / f"{name}.onnx" for name in ("native", "template", dialect))
+    write_qdq_template(found.files["weights"], native, plan=found.plan)
+    limit_pair_sums(native, template, plan=found.plan)
     write_candidate(
         template, path, plan=found.plan, dialect=dialect, activation_amax={s.name: 1.0 for s in found.plan.activations},
         metadata={"checkpoint_sha256": "0", "method": "max", "trial": "0"},

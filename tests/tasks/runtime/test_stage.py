@@ -171,3 +171,22 @@ def has_path(run, path):
     except AttributeError:
         return False
     return True
+
+
+@pytest.mark.parametrize(
+    ("engine", "asked", "has", "expected"),
+    [
+        ("openvino", "portable", "avx512_core_amx", True),
+        ("openvino", "portable", "avx2", True),
+        ("openvino", "native", "avx2", True),
+        ("openvino", "native", "avx512_core", True),
+        ("openvino", "native", "avx2_vnni", False),
+        ("openvino", "native", "arm64", False),
+        ("openvino", "avx512_core_vnni", "avx512_core_vnni", False),
+        ("tensorrt", "portable", "", False),
+    ],
+)
+def test_weights_are_fit_for_16_bit_sums_where_the_model_or_this_processor_needs_it(engine, asked, has, expected):
+    config = CONFIG.model_copy(update={"engine": CONFIG.engine.model_copy(update={"isa": asked})})
+    run = RunContext("store", "run-1", config, EngineIdentity(engine, "1", "a device", 1, has), ("fp32", "int8"))
+    assert run.limits_pair_sums is expected

@@ -1,0 +1,172 @@
+"""Which weight scales keep an INT8 layer right on a processor that adds its products in 16 bits?
+
+Without VNNI, `vpmaddubsw` multiplies unsigned bytes by signed ones and adds two neighbouring products with signed
+saturation (Intel 64 and IA-32 Software Developer's Manual, vol. 2): a pair sum beyond 32,767 is cut off, and the layer
+computes something else than its graph says. Which inputs are neighbours was read off OpenVINO 2026.4.1 under AVX2,
+layer by layer: `neighbours`. Signed inputs are moved by 128 beforehand, so they too are factors of 0 to 255.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+# What a signed 16-bit sum holds.
+LARGEST_SUM = 2**15 - 1
+# What an input holds, in steps, after a signed one was moved by `SHIFT`.
+LARGEST_INPUT = 255
+SHIFT = 128
+# An engine may divide a weight by its scale in another order, which moves a weight that lies half-way between two
+# steps. Twice what float32 can move it by.
+_MARGIN = 1 + 2.0**-21
+# Weights looked at together, to bound the memory.
+_CHUNK = 2**22
+_HALVINGS = 30
+# Pairs of a channel among which the one is sought that decides its scale.
+_WATCHED = 32
+
+
+def neighbours(inputs: int, positions: int, *, outputs: int, groups: int) -> Int[np.ndarray, "pairs 2"]:
+    """Returns which elements of an output channel's weights share a 16-bit sum, as positions in (inputs, positions).
+
+    Input channels 0 and 1, 2 and 3, ... at one position of the kernel; an odd last one is alone. A grouped convolution
+    is a matrix product over all positions, with the channels of one position side by side. A depthwise one has none.
+
+    Args:
+        inputs: input channels of a group.
+        positions: positions of the kernel, 1 for a linear layer.
+        outputs: output channels of a group.
+        groups: groups of a convolution, else 1.
+
+    >>> neighbours(3, 2, outputs=8, groups=1).tolist()
+    [[0, 2], [1, 3]]
+    >>> neighbours(3, 2, outputs=8, groups=2).tolist()
+    [[0, 2], [4, 1], [3, 5]]
+    """
+    grid = np.arange(inputs * positions).reshape(inputs, positions)
+    if groups > 1 and inputs == outputs == 1:
+        return np.zeros((0, 2), dtype=np.int64)
+    if groups == 1:
+        couples = grid[: inputs // 2 * 2].reshape(-1, 2, positions)
+        return couples.transpose(0, 2, 1).reshape(-1, 2)
+    flat = grid.T.ravel()
+    return flat[: len(flat) // 2 * 2].reshape(-1, 2)
+
+
+def steps_of(weight: Float[np.ndarray, "out n"], scale: Float[np.ndarray, " out"]) -> Float[np.ndarray, "out n"]:
+    """Returns the integers, as float32, that an engine multiplies with, as QuantizeLinear defines them."""
+    return np.clip(np.rint(weight / scale[:, None]), -128, 127)
+
+
+def largest_sums(
+    weight: Float[np.ndarray, "out inputs *kernel"],
+    scale: Float[np.ndarray, " out"],
+    largest_inputs: Int[np.ndarray, " channels"],
+    *,
+    groups: int,
+) -> Float[np.ndarray, " out"]:
+    """Returns the largest magnitude that a 16-bit sum of each output channel can reach; 0 where it has no pair.
+
+    The arguments are those of `scales_without_saturation`.
+    """
+    found = np.zeros(len(weight), dtype=np.float32)
+    for rows, flat, pairs, inputs in _chunks(weight, largest_inputs, groups):
+        found[rows] = _sums(steps_of(flat, scale[rows]), pairs, inputs).max(axis=1)
+    return found
+
+
+def scales_without_saturation(
+    weight: Float[np.ndarray, "out inputs *kernel"],
+    scale: Float[np.ndarray, " out"],
+    largest_inputs: Int[np.ndarray, " channels"],
+    *,
+    groups: int,
+) -> Float[np.ndarray, " out"]:
+    """Returns the scales, float32, each as it was or as little larger as keeps every 16-bit sum from saturating.
+
+    Args:
+        weight: float32, output channels first; (out, inputs of a group, ...).
+        scale: the scale that each output channel has now.
+        largest_inputs: per input channel of the layer the largest factor, in steps: 255 for any input at all.
+        groups: groups of a convolution, else 1.
+    """
+    found = np.array(scale, dtype=np.float32)
+    for rows, flat, pairs, inputs in _chunks(weight, largest_inputs, groups):
+        found[rows] = _grown(flat, found[rows], pairs, inputs)
+    return found
+
+
+def _chunks(
+    weight: Float[np.ndarray, "out inputs *kernel"], largest_inputs: Int[np.ndarray, " channels"], groups: int
+) -> Iterator[tuple[slice, Float[np.ndarray, "rows n"], Int[np.ndarray, "pairs 2"], Float[np.ndarray, "rows n"]]]:
+    """Parts of a layer that has pairs: output channels, their weights, the pairs, the largest factor of each weight."""
+    outputs, inputs = weight.shape[:2]
+    positions = int(np.prod(weight.shape[2:]))
+    pairs = neighbours(inputs, positions, outputs=outputs // groups, groups=groups)
+    if not len(pairs):
+        return
+    flat = np.ascontiguousarray(weight, dtype=np.float32).reshape(outputs, -1)
+    of_groups = np.repeat(largest_inputs.reshape(groups, inputs).astype(np.float32), positions, axis=1)
+    group_of = np.arange(outputs) // (outputs // groups)
+    count = max(_CHUNK // flat.shape[1], 1)
+    for start in range(0, outputs, count):
+        rows = slice(start, start + count)
+        yield rows, flat[rows], pairs, of_groups[group_of[rows]]
+
+
+def _grown(
+    weight: Float[np.ndarray, "out n"],
+    scale: Float[np.ndarray, " out"],
+    pairs: Int[np.ndarray, "pairs 2"],
+    inputs: Float[np.ndarray, "out n"],
+) -> Float[np.ndarray, " out"]:
+    """The scales at which no pair of any channel saturates, found on the pairs that can do most."""
+    grown = scale.copy()
+    while True:
+        rows = np.flatnonzero(_sums(steps_of(weight, grown), pairs, inputs).max(axis=1) > LARGEST_SUM)
+        if not rows.size:
+            return grown
+        count = min(_WATCHED, len(pairs))
+        of_real = _sums(weight[rows], pairs, inputs[rows])
+        watched = pairs[np.argpartition(of_real, -count, axis=1)[:, -count:]]
+        sides = [
+            [np.take_along_axis(values[rows], watched[..., side], axis=1) for values in (weight, inputs)]
+            for side in (0, 1)
+        ]
+        grown[rows] = _halved(grown[rows], np.array(sides[0]), np.array(sides[1]))
+
+
+def _halved(
+    scale: Float[np.ndarray, " out"],
+    first: Float[np.ndarray, "2 out pairs"],
+    second: Float[np.ndarray, "2 out pairs"],
+) -> Float[np.ndarray, " out"]:
+    """Halves the interval in which a channel's scale stops to saturate; `first` and `second` are weights and inputs."""
+
+    def saturates(candidate: Float[np.ndarray, " out"]) -> Bool[np.ndarray, " out"]:
+        products = [steps_of(weight, candidate.astype(np.float32)) * inputs for weight, inputs in (first, second)]
+        return _magnitude(*products).max(axis=1) > LARGEST_SUM
+
+    widest = np.maximum(np.abs(first[0]), np.abs(second[0])).max(axis=1)
+    below = scale.astype(np.float64)
+    # Two inputs of 255 and two weights of at most 64 steps stay within the sum.
+    above = np.maximum(2 * below, widest / 63.5)
+    for _ in range(_HALVINGS):
+        middle = (below + above) / 2
+        below, above = np.where(saturates(middle), (middle, above), (below, middle))
+    return (above * _MARGIN).astype(np.float32)
+
+
+def _sums(
+    factors: Float[np.ndarray, "out n"], pairs: Int[np.ndarray, "pairs 2"], inputs: Float[np.ndarray, "out n"]
+) -> Float[np.ndarray, "out pairs"]:
+    """The largest magnitude that each pair can reach."""
+    products = factors * inputs
+    return _magnitude(products[:, pairs[:, 0]], products[:, pairs[:, 1]])
+
+
+def _magnitude(
+    first: Float[np.ndarray, "out pairs"], second: Float[np.ndarray, "out pairs"]
+) -> Float[np.ndarray, "out pairs"]:
+    """Inputs may be anything up to their largest, so products of unlike signs do not make up for each other."""
+    return np.maximum(np.maximum(first, 0) + np.maximum(second, 0), np.maximum(-first, 0) + np.maximum(-second, 0))
