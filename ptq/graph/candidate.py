@@ -85,10 +85,15 @@ def read_layers(template: Path, *, plan: PlacementPlan) -> list[LayerParameters]
             weight=numpy_helper.to_array(initializers[f"{layer}.weight"]),
             scale=numpy_helper.to_array(initializers[f"{layer}.weight.scale"]),
             bias=numpy_helper.to_array(initializers[bias]),
-            groups=next((attribute.i for attribute in nodes[layer].attribute if attribute.name == "group"), 1),
+            groups=groups_of(nodes[layer]),
         )
         for layer, bias in _bias_names(model, plan).items()
     ]
+
+
+def groups_of(node: onnx.NodeProto) -> int:
+    """Returns the groups of a convolution; 1 for any other node."""
+    return next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
 
 
 def layer_nodes(model: onnx.ModelProto, plan: PlacementPlan) -> dict[str, onnx.NodeProto]:

@@ -12,7 +12,7 @@ import onnx
 from jaxtyping import Float
 from onnx import numpy_helper
 
-from ptq.graph.candidate import layer_nodes
+from ptq.graph.candidate import groups_of, layer_nodes
 from ptq.numerics.saturation import LARGEST_INPUT, scales_without_saturation
 from ptq.records.plan import PlacementPlan
 
@@ -43,7 +43,7 @@ def limit_pair_sums(template: Path, path: Path, *, plan: PlacementPlan) -> Grown
         name = f"{layer}.weight.scale"
         weight = numpy_helper.to_array(initializers[f"{layer}.weight"])
         before = numpy_helper.to_array(initializers[name])
-        groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
+        groups = groups_of(node)
         turned = outputs_first(weight, axes[layer], node.op_type, groups)
         after = scales_without_saturation(
             turned,

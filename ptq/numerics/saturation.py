@@ -53,8 +53,8 @@ def neighbours(inputs: int, positions: int, *, outputs: int, groups: int) -> Int
     return flat[: len(flat) // 2 * 2].reshape(-1, 2)
 
 
-def steps_of(weight: Float[np.ndarray, "out n"], scale: Float[np.ndarray, " out"]) -> Float[np.ndarray, "out n"]:
-    """Returns the integers, as float32, that an engine multiplies with, as QuantizeLinear defines them."""
+def _steps_of(weight: Float[np.ndarray, "out n"], scale: Float[np.ndarray, " out"]) -> Float[np.ndarray, "out n"]:
+    """The integers, as float32, that an engine multiplies with, as QuantizeLinear defines them."""
     return np.clip(np.rint(weight / scale[:, None]), -128, 127)
 
 
@@ -71,7 +71,7 @@ def largest_sums(
     """
     found = np.zeros(len(weight), dtype=np.float32)
     for rows, flat, pairs, inputs in _chunks(weight, largest_inputs, groups):
-        found[rows] = _sums(steps_of(flat, scale[rows]), pairs, inputs).max(axis=1)
+        found[rows] = _sums(_steps_of(flat, scale[rows]), pairs, inputs).max(axis=1)
     return found
 
 
@@ -123,7 +123,7 @@ def _grown(
     """The scales at which no pair of any channel saturates, found on the pairs that can do most."""
     grown = scale.copy()
     while True:
-        rows = np.flatnonzero(_sums(steps_of(weight, grown), pairs, inputs).max(axis=1) > LARGEST_SUM)
+        rows = np.flatnonzero(_sums(_steps_of(weight, grown), pairs, inputs).max(axis=1) > LARGEST_SUM)
         if not rows.size:
             return grown
         count = min(_WATCHED, len(pairs))
@@ -144,7 +144,7 @@ def _halved(
     """Halves the interval in which a channel's scale stops to saturate; `first` and `second` are weights and inputs."""
 
     def saturates(candidate: Float[np.ndarray, " out"]) -> Bool[np.ndarray, " out"]:
-        products = [steps_of(weight, candidate.astype(np.float32)) * inputs for weight, inputs in (first, second)]
+        products = [_steps_of(weight, candidate.astype(np.float32)) * inputs for weight, inputs in (first, second)]
         return _magnitude(*products).max(axis=1) > LARGEST_SUM
 
     widest = np.maximum(np.abs(first[0]), np.abs(second[0])).max(axis=1)
