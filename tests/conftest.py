@@ -1,8 +1,10 @@
 """Fixtures that several folders of tests share."""
 
+import gc
 import os
 import tempfile
 import uuid
+from unittest.mock import patch
 
 # Before torch is imported: where two test processes share the cores, threads that wait must not spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -32,9 +34,19 @@ def pytest_itemcollected(item):
         item.add_marker("no_cover")
 
 
+def pytest_collection_finish(session):
+    """What the imports made stays: the garbage collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def prefect_backend(tmp_path_factory):
-    """A Prefect server for the session, with a database and a result folder of its own."""
+    """A Prefect server for the session, with a database and a result folder of its own.
+
+    It is told of every flow run, and of the task runs only where a test asks for `recorded_task_runs`: to take in each
+    of their states costs as much as what the tasks of a small run compute.
+    """
     from prefect.settings import (
         PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
         PREFECT_LOCAL_STORAGE_PATH,
@@ -52,8 +64,17 @@ def prefect_backend(tmp_path_factory):
                 PREFECT_LOCAL_STORAGE_PATH: tmp_path_factory.mktemp("results"),
             }
         ),
+        patch("prefect.task_engine.emit_task_run_state_change_event", lambda **_: None),
     ):
         yield
+
+
+@pytest.fixture
+def recorded_task_runs(prefect_backend, monkeypatch):
+    """The server is told of task runs too, as it is outside the tests."""
+    from prefect.utilities.engine import emit_task_run_state_change_event as emit
+
+    monkeypatch.setattr("prefect.task_engine.emit_task_run_state_change_event", emit)
 
 
 def draw_class(label, index):

@@ -22,7 +22,6 @@ def server(deployed):
         for name in ("SILENCE", "PAUSE_BEFORE_ATTEMPT", "PAUSE_BEFORE_START", "LONGEST_PENDING"):
             patch.setattr(automations, name, timedelta(seconds=10))
         automations.set_up_automations()
-        automations.set_up_automations()
     return deployed
 
 
@@ -49,11 +48,6 @@ def is_scheduled_again(server, run):
             return True
         time.sleep(0.5)
     return False
-
-
-def test_setting_up_twice_leaves_one_automation_of_each_name(server):
-    names = [automation.name for automation in automations.automations()]
-    assert [len(server.read_automations_by_name(name)) for name in names] == [1, 1, 1, 1]
 
 
 @pytest.mark.slow

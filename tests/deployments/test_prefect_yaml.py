@@ -19,7 +19,7 @@ from prefect.server.utilities.user_templates import render_user_template_sync
 from prefect.states import Crashed, Pending, Running
 from prefect.utilities.schema_tools import validate
 
-from deployments import bootstrap
+from deployments import automations, bootstrap
 from ptq.config import PtqConfig
 from ptq.config_file import load_yaml
 
@@ -188,3 +188,11 @@ def test_runs_that_watch_another_prefix_than_before_are_ended_and_no_other(deplo
     for gone in (elsewhere, before):
         with pytest.raises(ObjectNotFound):
             deployed.read_flow_run(gone)
+
+
+# The last one: from here on the server takes up what has crashed.
+def test_setting_up_twice_leaves_one_automation_of_each_name(deployed):
+    for _ in range(2):
+        automations.set_up_automations()
+    names = [automation.name for automation in automations.automations()]
+    assert [len(deployed.read_automations_by_name(name)) for name in names] == [1, 1, 1, 1]

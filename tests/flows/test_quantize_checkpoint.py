@@ -126,7 +126,9 @@ def test_a_model_without_a_config_fails_and_names_those_that_have_one(models, tm
         quantize_checkpoint(str(tmp_path / "x.pth"), "large", models=str(models))
 
 
-def test_a_corrupt_checkpoint_fails_with_its_name_and_leaves_what_is_published(trained, models, tmp_path):
+def test_a_corrupt_checkpoint_and_an_unknown_block_fail_with_their_names_and_leave_what_is_published(
+    trained, models, tmp_path
+):
     path = tmp_path / "good.pth"
     saved(trained, path)
     quantize_checkpoint(str(path), "small", models=str(models))
@@ -137,11 +139,8 @@ def test_a_corrupt_checkpoint_fails_with_its_name_and_leaves_what_is_published(t
     with pytest.raises(CheckpointError, match="corrupt.pth"):
         quantize_checkpoint(str(corrupt), "small", models=str(models))
     assert store.latest(model) == before
-
-
-def test_a_block_that_does_not_exist_is_named(trained, models, tmp_path):
-    quantize_checkpoint(saved(trained, tmp_path / "good.pth"), "small", models=str(models))
     with pytest.raises(UsageError, match="notify names the block 'slack-webhook/nobody', which Prefect does not have"):
         quantize_checkpoint(
             saved(worse(trained), tmp_path / "bad.pth"), "small", models=str(models), notify=["slack-webhook/nobody"]
         )
+    assert store.latest(model) == before

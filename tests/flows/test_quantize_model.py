@@ -126,8 +126,8 @@ def test_a_second_run_computes_nothing_and_ends_with_the_same_model(finished, ch
 
 def test_a_changed_percentile_repeats_only_what_depends_on_it(finished, checkpoint, image_folder):
     config, _, _ = finished
-    changed = config.model_copy(update={"calibration": config.calibration.model_copy(update={"percentiles": (99.0,)})})
-    result = quantize_model(changed)
+    calibration = config.calibration.model_copy(update={"methods": ("percentile",), "percentiles": (99.0,)})
+    result = quantize_model(config.model_copy(update={"calibration": calibration}))
     computed = {
         note["stage"] for note in open_store(config.output.store).run_stages(result.run_id) if not note["cached"]
     }
@@ -190,8 +190,9 @@ def test_a_run_whose_layers_stay_loose_says_which(checkpoint, image_folder, tmp_
 
 def test_another_weight_method_makes_another_graph_from_the_same_statistics(finished, checkpoint, image_folder):
     config, directory, _ = finished
-    quantization = config.quantization.model_copy(update={"weight_method": "mse"})
-    result = quantize_model(config.model_copy(update={"quantization": quantization}))
+    quantization = config.quantization.model_copy(update={"weight_method": "mse", "dialects": ("cpu",)})
+    calibration = config.calibration.model_copy(update={"methods": ("max",)})
+    result = quantize_model(config.model_copy(update={"quantization": quantization, "calibration": calibration}))
     computed = {
         note["stage"] for note in open_store(config.output.store).run_stages(result.run_id) if not note["cached"]
     }

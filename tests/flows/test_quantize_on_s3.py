@@ -35,7 +35,7 @@ def config_of(checkpoint, folder, directory, uri):
         {
             "model": {"name": "networks:SmallResNet", "checkpoint": str(checkpoint), "publish_as": "small"},
             "data": {"path": str(folder), "preprocessing": {"resize": 24, "crop": 24}},
-            "calibration": {"trials": 2, "images": 16},
+            "calibration": {"trials": 2, "images": 16, "methods": ["max"]},
             "engine": {"name": "openvino", "threads": 1},
             "benchmark": {"batch_sizes": [1], "duration_s": 0.05, "warmup_ms": 1.0, "rounds": 2},
             "gate": {"max_drop_pp": 100, "min_speedup_fp32": 0.0, "max_slowdown": 1000},
