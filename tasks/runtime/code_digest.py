@@ -80,12 +80,14 @@ def _sources_at_start() -> "SourceTree":
 class _Module:
     """A parsed file: its statements by the name they give a value to, and what its imported names stand for.
 
-    Under the name `_ON_IMPORT` is what it does when it is imported, other than to define and to import.
+    Under the name `_ON_IMPORT` is what it does when it is imported, other than to define and to import. `parts` are
+    the digests of its symbols and the dotted names that they use, as far as they were asked for.
     """
 
     package: str
     statements: dict[str, list[ast.stmt]] = field(default_factory=lambda: {_ON_IMPORT: []})
     imports: dict[str, set[str]] = field(default_factory=dict)
+    parts: dict[str, tuple[str, set[str]]] = field(default_factory=dict)
 
 
 class SourceTree:
@@ -100,7 +102,6 @@ class SourceTree:
         self.sources = {name.removesuffix(".__init__"): files[file] for file, name in dotted.items()}
         self._packages = {name.removesuffix(".__init__") for name in dotted.values() if name.endswith(".__init__")}
         self._modules: dict[str, _Module] = {}
-        self._parts: dict[tuple[str, str], tuple[str, set[str]]] = {}
 
     def code_of(self, module: str, function: str) -> StageCode:
         """Returns the code that a function depends on; one that is not at the top of its module counts as all of it."""
@@ -122,8 +123,8 @@ class SourceTree:
 
     def _part(self, module: str, symbol: str) -> tuple[str, set[str]]:
         """The digest of a symbol's statements and the dotted names that they use."""
-        if (module, symbol) not in self._parts:
-            found = self._module(module)
+        found = self._module(module)
+        if symbol not in found.parts:
             nodes = found.statements[symbol]
             used = set(found.imports.get("*", ()))
             for word, *attributes in _names(nodes, found.package):
@@ -135,8 +136,8 @@ class SourceTree:
                     used.add(f"{module}.{word}")
                 used.update(".".join([name, *attributes]) for name in found.imports.get(word, ()))
             digest = hashlib.sha256("".join(map(ast.dump, nodes)).encode()).hexdigest()
-            self._parts[module, symbol] = digest, used
-        return self._parts[module, symbol]
+            found.parts[symbol] = digest, used
+        return found.parts[symbol]
 
     def _targets(self, name: str) -> Iterator[tuple[str, str]]:
         """The symbols that a dotted name stands for; all of a module's where it does not name one of them."""

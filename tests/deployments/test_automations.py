@@ -74,6 +74,7 @@ def test_a_run_that_stays_pending_is_tried_again_and_one_that_began_is_not(serve
     assert server.read_flow_run(begun).state.type == StateType.RUNNING
 
 
+@pytest.mark.slow
 def test_runs_whose_worker_is_gone_are_given_up_or_begun_anew(server):
     pending, running, cancelling = (new_run(server) for _ in range(3))
     server.set_flow_run_state(pending, Pending())

@@ -11,19 +11,25 @@ from command_line import assert_says, quantize
 from ptq.records.verdict import Verdict
 
 
-def test_quantize_prints_a_verdict_and_where_the_report_is(run, checkpoint, image_folder, tmp_path):
-    code, out, err = run(*quantize(checkpoint, image_folder, tmp_path))
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """Where the same job runs twice: only the first one computes."""
+    return tmp_path_factory.mktemp("job")
+
+
+def test_quantize_prints_a_verdict_and_where_the_report_is(run, checkpoint, image_folder, directory):
+    code, out, err = run(*quantize(checkpoint, image_folder, directory))
     assert code == 0, err
     assert "Accepted" in out
     assert "report.html" in out
     assert "collect_statistics" in err
-    code, out, _ = run("report", tmp_path / "out")
+    code, out, _ = run("report", directory / "out")
     assert code == 0
     assert "Top-1 of every candidate" in out
 
 
-def test_json_is_the_verdict_and_nothing_else(run, checkpoint, image_folder, tmp_path):
-    code, out, _ = run(*quantize(checkpoint, image_folder, tmp_path, "--json"))
+def test_json_is_the_verdict_and_nothing_else(run, checkpoint, image_folder, directory):
+    code, out, _ = run(*quantize(checkpoint, image_folder, directory, "--json"))
     assert code == 0
     assert Verdict.model_validate_json(out).best.method == "max"
 

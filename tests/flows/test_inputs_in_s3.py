@@ -76,14 +76,14 @@ def work(monkeypatch):
     return done
 
 
-def config_in(directory, store):
+def config_in(directory, store, images=f"s3://{BUCKET}/images"):
     return PtqConfig.model_validate(
         {
             "model": {
                 "name": "networks:SmallResNet", "checkpoint": f"s3://{BUCKET}/checkpoints/small.pth",
                 "publish_as": "small",
             },
-            "data": {"path": f"s3://{BUCKET}/images", "preprocessing": {"resize": 24, "crop": 24}},
+            "data": {"path": str(images), "preprocessing": {"resize": 24, "crop": 24}},
             "calibration": {"trials": 1, "images": 16, "methods": ["max"]},
             "engine": {"name": "openvino", "threads": 1},
             "benchmark": {"batch_sizes": [1], "duration_s": 0.05, "warmup_ms": 1.0, "rounds": 2},
@@ -127,8 +127,8 @@ def test_only_what_changed_in_the_bucket_is_read_and_computed_again(bucket, work
     assert work == {"read": [], "decoded": []}
 
 
-def test_a_checkpoint_of_the_same_size_with_other_weights_is_noticed(bucket, work, tmp_path):
-    config = config_in(tmp_path, f"file://{tmp_path / 'store'}")
+def test_a_checkpoint_of_the_same_size_with_other_weights_is_noticed(bucket, work, image_folder, tmp_path):
+    config = config_in(tmp_path, f"file://{tmp_path / 'store'}", image_folder)
     size = (tmp_path / "small.pth").stat().st_size
     run(config, work)
     assert put_checkpoint(bucket, tmp_path, seed=1) == size

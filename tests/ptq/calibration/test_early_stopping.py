@@ -180,6 +180,7 @@ def test_the_interval_of_a_mean_is_that_of_the_t_test():
     assert interval_percent(np.array([10.0]), left_out)[0] == pytest.approx(23.646 * np.sqrt(10 / 56), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_interval_holds_the_true_percentile_about_as_often_as_it_says():
     generator = np.random.default_rng(0)
     truth, hits = -np.log(1 - 0.99), 0

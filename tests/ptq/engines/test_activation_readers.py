@@ -109,6 +109,7 @@ def test_a_reader_that_is_dropped_is_freed_with_its_graph(observed):
     assert alive() is None
 
 
+@pytest.mark.slow
 def test_readers_that_are_dropped_do_not_keep_the_weights(tmp_path):
     weight = np.random.default_rng(0).standard_normal((768, 16_384)).astype(np.float32)
     nodes = [

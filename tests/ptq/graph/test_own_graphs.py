@@ -26,6 +26,8 @@ NETWORKS = {
     "tests.support.networks:small_densenet": 32,
 }  # fmt: skip
 
+LARGEST = ("mobilenet_v3_small", "regnet_y_400mf", "mnasnet0_5", "tests.support.networks:small_swin")
+
 
 def findings_of(model, directory, *, side, **options):
     """Errors and warnings for the Q/DQ graphs of both dialects of a network calibrated on one random batch."""
@@ -55,7 +57,9 @@ def findings_of(model, directory, *, side, **options):
     return found
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LARGEST else name for name in NETWORKS]
+)
 def test_no_check_finds_anything_in_the_graph_of_a_family(name, tmp_path):
     model = create_model(name, num_classes=10, channels=3)
     assert findings_of(model, tmp_path, side=NETWORKS[name]) == []

@@ -222,13 +222,21 @@ def test_an_add_whose_identity_a_convolution_reads_must_have_one_quantized_opera
     assert messages[0].startswith({"neither": "Neither operand", "both": "Both operands"}[fault])
 
 
-@pytest.mark.parametrize("build", [networks.small_convnext, networks.small_vision_transformer, networks.small_swin])
+@pytest.mark.parametrize(
+    "build",
+    [networks.small_convnext, networks.small_vision_transformer,
+     pytest.param(networks.small_swin, marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_networks_with_layer_norms_have_the_quantizers_of_the_pytorch_way(tmp_path, build):
     found = assert_same_placement(build(num_classes=4).eval(), tmp_path, size=32, dynamic=True)
     candidate(found, tmp_path, shape=(3, 32, 32))
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v2", "squeezenet1_1", "mobilenet_v3_small", "resnet18", "regnet_y_400mf"])
+@pytest.mark.parametrize(
+    "name",
+    ["mobilenet_v2", "squeezenet1_1",
+     *(pytest.param(name, marks=pytest.mark.slow) for name in ("mobilenet_v3_small", "resnet18", "regnet_y_400mf"))],
+)  # fmt: skip
 def test_torchvisions_networks_have_the_quantizers_of_the_pytorch_way(tmp_path, name):
     model = create_model(name, num_classes=4, channels=3)
     found = assert_same_placement(model, tmp_path, size=64)

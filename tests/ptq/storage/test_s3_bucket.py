@@ -1,6 +1,7 @@
 """What only a bucket has: credentials, parts, a cache, and a network that breaks."""
 
 import logging
+import re
 import subprocess
 import sys
 import threading
@@ -173,7 +174,8 @@ def test_a_server_that_is_away_for_longer_than_botocore_waits_is_waited_for(thro
     monkeypatch.setattr(s3_client.logger, "warning", reopen)
     proxy.close()
     call(store, ref)
-    assert said == ["The S3 server is away (EndpointConnectionError); waiting up to 60 s."]
+    (message,) = said
+    assert re.fullmatch(r"The S3 server is away \(EndpointConnectionError\); waiting up to [1-9]\d s\.", message)
 
 
 def test_a_server_that_stays_away_is_an_error_when_patience_ends(through_proxy, s3_uri):
