@@ -20,6 +20,7 @@ from tasks.stages.evaluation import evaluate_published
 from tasks.stages.export import export_qdq, limit_pair_sums, write_graph
 from tasks.stages.graph_checks import validate_graph
 from tasks.stages.model import equalize_channels
+from tasks.stages.parity import compare_with_file
 from tasks.stages.publication import decide
 from tasks.stages.versus_published import compare_with_published, decide_on_published, find_published
 
@@ -60,6 +61,8 @@ def judge(
     best = selection.table_among(tables)
     graphs = [write_graph(model, template, best, dialect, run=run) for dialect in run.dialects]
     checks = [validate_graph(model, graph, run=run) for graph in graphs]
+    chosen = next(each for each in candidates if each.candidate == selection.candidate)
+    parity = compare_with_file(graphs[0], chosen, judged.baseline, judged.images, run=run)
     engines = [
         _built(graphs[0].onnx if precision == "int8" else judged.loaded.fp32_onnx, precision, batch_size, run)
         for batch_size in run.config.benchmark.batch_sizes
@@ -76,9 +79,10 @@ def judge(
         selection=selection,
         graphs=tuple(graphs),
         checks=tuple(checks),
+        parity=parity,
         engines=tuple(engines),
         benchmark=measured,
-        decision=decide(selection, measured, checks, run=run),
+        decision=decide(selection, measured, checks, parity, run=run),
         publication=Publication(published=False, model=run.config.model.published_name, version="", replaced=""),
     )
 

@@ -39,6 +39,7 @@ from ptq.quantization.prepared import plan_from_file
 from ptq.records.benchmark import BenchmarkRecord
 from ptq.records.decision import Attempt, FloatGroup, GateDecision, LayerSensitivity, QuantizerChoice
 from ptq.records.evaluation import PairedComparison, in_method_order
+from ptq.records.parity import ParityRecord
 from ptq.records.plan import PlacementPlan
 from ptq.wording import first_names
 
@@ -67,13 +68,23 @@ class _Network:
 
 
 def only_accuracy_failed(
-    *, comparison: PairedComparison, benchmark: BenchmarkRecord, graph_errors: int, limits: GateConfig
+    *,
+    comparison: PairedComparison,
+    benchmark: BenchmarkRecord,
+    graph_errors: int,
+    parity: ParityRecord,
+    limits: GateConfig,
 ) -> bool:
     """Whether the gate rejects the candidate, and would accept it if any drop of accuracy were allowed."""
     speed = {"min_speedup_fp32": limits.min_speedup_fp32, "min_speedup_fp16": limits.min_speedup_fp16}
     with_limit, without = (
         gate.decide(
-            comparison=comparison, benchmark=benchmark, graph_errors=graph_errors, max_drop_pp=max_drop_pp, **speed
+            comparison=comparison,
+            benchmark=benchmark,
+            graph_errors=graph_errors,
+            parity=parity,
+            max_drop_pp=max_drop_pp,
+            **speed,
         )
         for max_drop_pp in (limits.max_drop_pp, float("inf"))
     )

@@ -1,6 +1,6 @@
 """Is the INT8 model good enough to publish?
 
-Holds four numbers against their limits and says in words what it found. It publishes nothing, and what to try
+Holds what was measured against its limits and says in words what it found. It publishes nothing, and what to try
 after a rejection is decided elsewhere.
 """
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from ptq.records.benchmark import BenchmarkRecord, Measurement
 from ptq.records.decision import GateDecision
 from ptq.records.evaluation import PairedComparison
+from ptq.records.parity import ParityRecord
 
 # What a person is told of a run that published nothing, by its decision.
 HEADLINES = {
@@ -32,6 +33,7 @@ def decide(
     comparison: PairedComparison,
     benchmark: BenchmarkRecord,
     graph_errors: int,
+    parity: ParityRecord,
     max_drop_pp: float,
     min_speedup_fp32: float,
     min_speedup_fp16: float,
@@ -42,6 +44,7 @@ def decide(
         comparison: INT8 against FP32 on the test split.
         benchmark: latencies of INT8 and its rivals at every batch size.
         graph_errors: errors of the graph checks; any rejects the model.
+        parity: whether the engine computes what the graph says; it is rejected where it does not.
         max_drop_pp: largest accuracy drop accepted, in percentage points.
         min_speedup_fp32: least ratio of FP32's median latency to INT8's, at every batch size.
         min_speedup_fp16: the same over FP16 or BF16, the faster where both were measured; 0 skips it.
@@ -53,6 +56,7 @@ def decide(
     """
     conditions = [
         _graph_condition(graph_errors),
+        _parity_condition(parity),
         _drop_condition(comparison, max_drop_pp),
         _speedup_condition(benchmark, rivals=("fp32",), limit=min_speedup_fp32, option="gate.min_speedup_fp32"),
     ]
@@ -75,6 +79,21 @@ def _graph_condition(graph_errors: int) -> _Condition:
         return _Condition(True, "The graph checks found 0 errors, as asked.")
     noun = "error" if graph_errors == 1 else "errors"
     return _Condition(False, f"The graph checks found {graph_errors} {noun}; 0 are accepted.")
+
+
+def _parity_condition(parity: ParityRecord) -> _Condition:
+    engine, file = parity.engine.sqnr_db, parity.file.sqnr_db
+    if parity.parting is None:
+        return _Condition(
+            True,
+            f"The engine computes what the INT8 file says: {engine:.1f} dB SQNR on {parity.images} images, and "
+            f"{file:.1f} dB where the file is computed in float.",
+        )
+    return _Condition(
+        False,
+        f"The engine does not compute what the INT8 file says: {engine:.1f} dB SQNR on {parity.images} images against "
+        f"{file:.1f} dB where the file is computed in float. {parity.parting.sentence}",
+    )
 
 
 def _drop_condition(comparison: PairedComparison, max_drop_pp: float) -> _Condition:

@@ -96,6 +96,42 @@ def scales_without_saturation(
     return found
 
 
+def count_saturated(
+    steps: Float[np.ndarray, "out inputs kh kw"],
+    inputs: Float[np.ndarray, "n channels h w"],
+    *,
+    strides: tuple[int, int],
+    dilations: tuple[int, int],
+    groups: int,
+) -> tuple[int, int]:
+    """Returns how many 16-bit sums of a convolution saturate at these inputs, and how many sums there are.
+
+    Args:
+        steps: integers of the weights, as float32, output channels first.
+        inputs: the factors as the engine has them, as float32: padded, signed ones moved by `SHIFT`.
+        strides: rows and columns from one output to the next.
+        dilations: rows and columns from one position of the kernel to the next.
+        groups: groups of the convolution; 1 for a linear layer, which is one with a kernel of one position.
+    """
+    outputs, width, *kernel = steps.shape
+    reach = [(size - 1) * step + 1 for size, step in zip(kernel, dilations, strict=True)]
+    windows = np.lib.stride_tricks.sliding_window_view(inputs, reach, axis=(2, 3))
+    windows = windows[:, :, :: strides[0], :: strides[1], :: dilations[0], :: dilations[1]]
+    pairs = neighbours(width, kernel[0] * kernel[1], outputs=outputs // groups, groups=groups)
+    flat, places = steps.reshape(groups, outputs // groups, -1), windows[:, 0, :, :, 0, 0].size
+    saturated = 0
+    for group, weights in enumerate(flat):
+        can = _magnitude(*(LARGEST_INPUT * weights[:, pairs[:, side]] for side in (0, 1))) > LARGEST_SUM
+        for pair in np.flatnonzero(can.any(axis=0)):
+            sums = np.zeros((int(can[:, pair].sum()), places), dtype=np.float32)
+            for element in pairs[pair]:
+                channel, row, column = np.unravel_index(element, (width, *kernel))
+                factors = windows[:, group * width + channel, :, :, row, column].reshape(1, -1)
+                sums += weights[can[:, pair], element, None] * factors
+            saturated += int(((sums > LARGEST_SUM) | (sums < -LARGEST_SUM - 1)).sum())
+    return saturated, outputs * len(pairs) * places
+
+
 def _chunks(
     weight: Float[np.ndarray, "out inputs *kernel"], largest_inputs: Int[np.ndarray, " channels"], groups: int
 ) -> Iterator[tuple[slice, Float[np.ndarray, "rows n"], Int[np.ndarray, "pairs 2"], Float[np.ndarray, "rows n"]]]:

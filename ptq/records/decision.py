@@ -9,6 +9,7 @@ from ptq.records.calibration import AmaxRecord, CalibrationDraws
 from ptq.records.data import DataRecord
 from ptq.records.evaluation import EvaluationRecord, PairedComparison, Selection
 from ptq.records.graph import EngineRecord, GraphChecks, GraphRecord
+from ptq.records.parity import ParityRecord
 from ptq.records.plan import ModelRecord
 
 
@@ -192,6 +193,7 @@ class RunFindings:
     selection: Selection
     graphs: tuple[GraphRecord, ...]
     checks: tuple[GraphChecks, ...]
+    parity: ParityRecord
     engines: tuple[EngineRecord, ...]
     benchmark: BenchmarkRecord
     decision: GateDecision

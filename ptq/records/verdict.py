@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ptq.records.calibration import LayerLength
 from ptq.records.decision import GateDecision, PublishedDecision
+from ptq.records.parity import Cause
 
 
 class _Part(BaseModel):
@@ -99,6 +100,16 @@ class VerdictGraphChecks(_Part):
     warnings: int
 
 
+class VerdictParity(_Part):
+    """The INT8 model on its engine and its file in float, both against FP32. `layer` is where they part, or empty."""
+
+    images: int
+    engine_sqnr_db: float
+    file_sqnr_db: float
+    layer: str = ""
+    cause: Cause | None = None
+
+
 class VerdictPublished(_Part):
     """The new model against the version in service, on the same images and in turns on the same engine.
 
@@ -141,6 +152,7 @@ class Verdict(_Part):
     red_flags: tuple[str, ...] = ()
     int8: VerdictInt8
     graph_checks: VerdictGraphChecks
+    parity: VerdictParity | None = None
     gate: GateDecision
     in_service: VerdictPublished | None = None
     files: dict[str, VerdictFile]

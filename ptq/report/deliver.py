@@ -26,6 +26,7 @@ from ptq.records.base import ArtifactRef, digest, to_jsonable
 from ptq.records.calibration import CalibrationDraws
 from ptq.records.decision import PublishedComparison, RunFindings
 from ptq.records.evaluation import EvaluationRecord
+from ptq.records.parity import ParityRecord
 from ptq.records.verdict import (
     Verdict,
     VerdictBaseline,
@@ -37,6 +38,7 @@ from ptq.records.verdict import (
     VerdictInt8,
     VerdictLatency,
     VerdictMeasurement,
+    VerdictParity,
     VerdictPublished,
     VerdictTrial,
 )
@@ -120,6 +122,7 @@ def compose_verdict(
             errors=sum(check.errors for check in findings.checks),
             warnings=sum(check.warnings for check in findings.checks),
         ),
+        parity=_verdict_parity(findings.parity),
         gate=findings.decision,
         files={
             name: VerdictFile(uri=store.object_uri(ref), sha256=ref.sha256, size_bytes=ref.size_bytes)
@@ -128,6 +131,17 @@ def compose_verdict(
         in_service=_verdict_published(findings.versus_published),
         versions={"python": platform.python_version(), **library_versions()},
         stage_seconds=_stage_seconds(store, run_id),
+    )
+
+
+def _verdict_parity(parity: ParityRecord) -> VerdictParity:
+    parting = parity.parting
+    return VerdictParity(
+        images=parity.images,
+        engine_sqnr_db=parity.engine.sqnr_db,
+        file_sqnr_db=parity.file.sqnr_db,
+        layer=parting.layer if parting else "",
+        cause=parting.cause if parting else None,
     )
 
 
@@ -285,6 +299,7 @@ def report_inputs(store: Store, config: PtqConfig, findings: RunFindings, verdic
         selection=findings.selection,
         benchmark=findings.benchmark,
         checks=findings.checks,
+        parity=findings.parity,
         engines=findings.engines,
         plan=plan_from_file(store.get_path(findings.model.plan)),
         model=findings.model,

@@ -10,6 +10,7 @@ from ptq.records.data import DataRecord
 from ptq.records.decision import Attempt, PublishedComparison
 from ptq.records.evaluation import EvaluationRecord, Selection, SplitMetrics, in_method_order
 from ptq.records.graph import EngineRecord, GraphChecks
+from ptq.records.parity import ParityRecord
 from ptq.records.plan import ModelRecord, PlacementPlan
 from ptq.records.verdict import Verdict
 from ptq.report.cells import drop_phrase, fixed, interval_text, probability, ratio_text
@@ -34,6 +35,7 @@ class ReportInputs:
     selection: Selection
     benchmark: BenchmarkRecord
     checks: tuple[GraphChecks, ...]
+    parity: ParityRecord
     engines: tuple[EngineRecord, ...]
     plan: PlacementPlan
     model: ModelRecord

@@ -55,7 +55,7 @@ LATENCIES: Mapping[str, Callable[[Measurement], float]] = {
 def terminal_tables(inputs: ReportInputs) -> tuple[Table, ...]:
     """Returns the tables a person wants at the end of a run: accuracy, candidates, speed and what ran in INT8."""
     tables = [accuracy_table(inputs), comparison_table(inputs), trials_table(inputs), latency_table(inputs)]
-    return (*tables, int8_table(inputs), checks_table(inputs))
+    return (*tables, int8_table(inputs), parity_table(inputs), checks_table(inputs))
 
 
 def accuracy_table(inputs: ReportInputs) -> Table:
@@ -251,6 +251,21 @@ def int8_table(inputs: ReportInputs) -> Table:
         for engine in int8_engines(inputs)
     )
     return Table("What the INT8 engine really runs", columns, rows)
+
+
+def parity_table(inputs: ReportInputs) -> Table:
+    """Returns whether the engine computes what the INT8 file says."""
+    found = inputs.parity
+    pairs = {
+        "INT8 on the engine against FP32": found.engine,
+        "The INT8 file in float against FP32": found.file,
+        "INT8 on the engine against its file": found.engine_to_file,
+    }
+    rows = tuple((name, fixed(pair.sqnr_db, 1), fixed(pair.agreement_percent, 1)) for name, pair in pairs.items())
+    note = found.parting.sentence if found.parting else "The engine computes what the file says."
+    title = f"The engine and its file on {found.images:,} images"
+    alarming = (0, 2) if found.parting else ()
+    return Table(title, ("Pair", "SQNR, dB", "Same top-1, %"), rows, note, alarming=alarming)
 
 
 def engines_table(inputs: ReportInputs) -> Table:

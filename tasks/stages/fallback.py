@@ -35,6 +35,7 @@ def is_worth_trying(findings: RunFindings, run: RunContext) -> bool:
         comparison=findings.selection.comparison,
         benchmark=findings.benchmark,
         graph_errors=sum(check.errors for check in findings.checks),
+        parity=findings.parity,
         limits=run.config.gate,
     )
 

@@ -16,6 +16,7 @@ from ptq.records.benchmark import BenchmarkRecord
 from ptq.records.decision import GateDecision, Publication, RunDecision, RunFindings, RunResult
 from ptq.records.evaluation import Selection
 from ptq.records.graph import GraphChecks
+from ptq.records.parity import ParityRecord
 from ptq.report.deliver import build_report, check_output_directory, deliver, lineage
 from ptq.storage.store import open_store
 from tasks.runtime.context import RunContext
@@ -36,7 +37,12 @@ def check_destinations(config: PtqConfig) -> None:
     uses=("config.gate.max_drop_pp", "config.gate.min_speedup_fp16", "config.gate.min_speedup_fp32"),
 )
 def decide(
-    selection: Selection, benchmark: BenchmarkRecord, checks: Sequence[GraphChecks], *, run: RunContext
+    selection: Selection,
+    benchmark: BenchmarkRecord,
+    checks: Sequence[GraphChecks],
+    parity: ParityRecord,
+    *,
+    run: RunContext,
 ) -> GateDecision:
     """Accept or reject the chosen candidate."""
     limits = run.config.gate
@@ -44,6 +50,7 @@ def decide(
         comparison=selection.comparison,
         benchmark=benchmark,
         graph_errors=sum(check.errors for check in checks),
+        parity=parity,
         max_drop_pp=limits.max_drop_pp,
         min_speedup_fp32=limits.min_speedup_fp32,
         min_speedup_fp16=limits.min_speedup_fp16,

@@ -19,6 +19,7 @@ from ptq.records.evaluation import (
     SplitMetrics,
 )
 from ptq.records.graph import EngineIdentity, EngineRecord, GraphChecks, GraphFinding, Int8Share
+from ptq.records.parity import Likeness, ParityRecord, Parting
 from ptq.records.plan import ModelRecord, PlacementPlan, QuantizerSpec
 from ptq.records.verdict import Verdict
 from ptq.report.inputs import ReportInputs
@@ -107,6 +108,18 @@ def engine(precision, batch_size, *, float_layers=()):
             layers=54, int8_input_percent=98.1, int8_output_percent=96.3, reformats=7, float_layers=float_layers
         ),
         build_s=1.25,
+    )
+
+
+def parity(parting=None):
+    """64 images; the engine loses 12.7 dB where there is a parting, and nothing where there is none."""
+    engine_db = 19.7 if parting is None else 7.0
+    return ParityRecord(
+        images=64,
+        engine=Likeness(sqnr_db=engine_db, agreement_percent=95.3),
+        file=Likeness(sqnr_db=19.7, agreement_percent=95.3),
+        engine_to_file=Likeness(sqnr_db=60.0 if parting is None else 7.3, agreement_percent=100.0),
+        parting=parting,
     )
 
 
@@ -224,6 +237,7 @@ def make_inputs(**changes):
         ),
         "selection": selection(),
         "benchmark": benchmark(),
+        "parity": parity(),
         "checks": (
             GraphChecks(graph="model_int8.onnx", checks_run=("opset", "float-island"), findings=(finding, note)),
         ),
@@ -352,6 +366,7 @@ def hostile_inputs():
             reason=HOSTILE,
             spread_sentence=HOSTILE,
         ),
+        parity=parity(Parting(HOSTILE, "saturation", HOSTILE)),
         checks=(GraphChecks(graph=HOSTILE, checks_run=("axis",), findings=(finding,)),),
         engines=(engine("int8", 1, float_layers=(HOSTILE,)),),
         benchmark=benchmark(measurement("fp32", 1, 1.0), measurement("int8", 1, 2.0)),

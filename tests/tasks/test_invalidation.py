@@ -31,7 +31,7 @@ STAGES = {
 }
 # Stages that build a graph for the engine and run it, and those that do so to observe activations.
 EVALUATIONS = {"evaluate", "evaluate_baseline", "evaluate_published"}
-ON_ENGINE = {*EVALUATIONS, "build_engine", "benchmark", "benchmark_published", "prepare_model"}
+ON_ENGINE = {*EVALUATIONS, "compare_with_file", "build_engine", "benchmark", "benchmark_published", "prepare_model"}
 ON_READERS = {"collect_statistics", "collect_shard", "carry_amax", "equalize_channels"}
 # The methods, and the rule that ends an adaptive draw by them.
 ON_METHODS = {"compute_amax", "collect_statistics", "collect_shard", "carry_amax"}
@@ -84,11 +84,12 @@ def test_there_are_stages_to_look_at():
         ("ptq/data/decoding.py", "decode_rows", {"draw_calibration_images", "prepare_split"}),
         ("ptq/data/index.py", "index_images", {"index_images"}),
         ("ptq/data/images.py", "network_input", {
-            *ON_READERS, *EVALUATIONS, "choose_methods", "rank_layers", "fine_tune", "train_classifier",
+            *ON_READERS, *EVALUATIONS, "compare_with_file", "choose_methods", "rank_layers", "fine_tune",
+            "train_classifier",
         }),
         ("ptq/checks/run.py", "check_graph", {"validate_graph"}),
         ("ptq/evaluation/gate.py", "decide", {"decide"}),
-        ("ptq/numerics/saturation.py", "neighbours", {"limit_pair_sums", "validate_graph"}),
+        ("ptq/numerics/saturation.py", "neighbours", {"limit_pair_sums", "validate_graph", "compare_with_file"}),
         ("ptq/numerics/paired_test.py", "mcnemar_p", {"select_candidate", "compare_with_published"}),
         ("ptq/evaluation/versus_published.py", "compare", {"compare_with_published"}),
         ("tasks/runtime/machine_lock.py", "shared_machine", set()),
@@ -246,7 +247,7 @@ def test_what_is_not_counted_exists():
 
 # From here on the small flow runs: one run is the base, each row changes one thing and runs again.
 
-DOWN_FROM_SELECTION = {"write_graph", "validate_graph", "build_engine", "benchmark", "decide"}
+DOWN_FROM_SELECTION = {"write_graph", "validate_graph", "compare_with_file", "build_engine", "benchmark", "decide"}
 DOWN_FROM_AMAX = {"compute_amax", "evaluate", "select_candidate", *DOWN_FROM_SELECTION}
 EXPORTED = {"export_qdq", "limit_pair_sums"}
 DOWN_FROM_DRAWS = {"equalize_channels", "collect_statistics", "correct_biases", *EXPORTED, *DOWN_FROM_AMAX}
@@ -371,7 +372,7 @@ def test_an_image_more_to_test_on_repeats_its_split_and_the_evaluations(images):
     repaint(first.with_name("more.png"))
     assert computed(config) == {
         "index_images", "draw_calibration_images", "prepare_split", "evaluate_baseline", "evaluate",
-        "select_candidate", "decide",
+        "select_candidate", "compare_with_file", "decide",
     }  # fmt: skip
 
 
@@ -384,7 +385,7 @@ def test_another_checkpoint_repeats_all_but_the_images(base, tmp_path):
 
 def test_what_an_engine_computed_under_one_instruction_set_is_not_used_under_another(base, monkeypatch):
     monkeypatch.setattr("ptq.engines.openvino.current_isa", lambda: "another")
-    expected = {"evaluate_baseline", "evaluate", "build_engine", "benchmark", "decide"}
+    expected = {"evaluate_baseline", "evaluate", "compare_with_file", "build_engine", "benchmark", "decide"}
     assert computed(base) == expected
 
 

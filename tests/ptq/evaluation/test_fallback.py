@@ -3,6 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 from pydantic import ValidationError
+from report_inputs import parity
 
 from ptq.config import GateConfig, PtqConfig
 from ptq.evaluation.fallback import (
@@ -18,10 +19,12 @@ from ptq.records.benchmark import BenchmarkRecord, Measurement
 from ptq.records.decision import Attempt, GateDecision, LayerSensitivity
 from ptq.records.evaluation import PairedComparison
 from ptq.records.graph import EngineIdentity
+from ptq.records.parity import Parting
 from ptq.records.plan import PlacementPlan, QuantizerSpec
 
 REJECTED = GateDecision(False, ("The top-1 drop is 9.00 pp.", "The graph checks found 0 errors, as asked."))
 ACCEPTED = GateDecision(True, ("The top-1 drop is 0.50 pp.",))
+PARTING = Parting("conv1", "saturation", "They part first at conv1.")
 LIMITS = GateConfig(max_drop_pp=1.0, min_speedup_fp32=1.5, min_speedup_fp16=0.0)
 
 
@@ -43,19 +46,24 @@ def benchmark(*, fp32_ms):
 
 
 @pytest.mark.parametrize(
-    ("drop_pp", "fp32_ms", "graph_errors", "expected"),
+    ("drop_pp", "fp32_ms", "graph_errors", "parting", "expected"),
     [
-        pytest.param(9.0, 2.0, 0, True, id="accuracy alone"),
-        pytest.param(0.5, 2.0, 0, False, id="accepted"),
-        pytest.param(0.5, 1.2, 0, False, id="speed alone"),
-        pytest.param(9.0, 1.2, 0, False, id="accuracy and speed"),
-        pytest.param(9.0, 2.0, 1, False, id="accuracy and graph"),
-        pytest.param(float("nan"), 2.0, 0, False, id="accuracy unknown"),
+        pytest.param(9.0, 2.0, 0, None, True, id="accuracy alone"),
+        pytest.param(0.5, 2.0, 0, None, False, id="accepted"),
+        pytest.param(0.5, 1.2, 0, None, False, id="speed alone"),
+        pytest.param(9.0, 1.2, 0, None, False, id="accuracy and speed"),
+        pytest.param(9.0, 2.0, 1, None, False, id="accuracy and graph"),
+        pytest.param(9.0, 2.0, 0, PARTING, False, id="accuracy and engine"),
+        pytest.param(float("nan"), 2.0, 0, None, False, id="accuracy unknown"),
     ],
 )
-def test_a_fallback_can_help_only_where_accuracy_alone_is_rejected(drop_pp, fp32_ms, graph_errors, expected):
+def test_a_fallback_can_help_only_where_accuracy_alone_is_rejected(drop_pp, fp32_ms, graph_errors, parting, expected):
     found = only_accuracy_failed(
-        comparison=comparison(drop_pp), benchmark=benchmark(fp32_ms=fp32_ms), graph_errors=graph_errors, limits=LIMITS
+        comparison=comparison(drop_pp),
+        benchmark=benchmark(fp32_ms=fp32_ms),
+        graph_errors=graph_errors,
+        parity=parity(parting),
+        limits=LIMITS,
     )
     assert found is expected
 

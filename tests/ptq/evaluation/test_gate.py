@@ -1,11 +1,13 @@
 import math
 
 import pytest
+from report_inputs import parity
 
 from ptq.evaluation.gate import decide
 from ptq.records.benchmark import BenchmarkRecord, Measurement
 from ptq.records.evaluation import PairedComparison
 from ptq.records.graph import EngineIdentity
+from ptq.records.parity import Parting
 
 FAST = {("fp32", 1): 8.0, ("int8", 1): 2.0, ("fp32", 32): 200.0, ("int8", 32): 50.0}
 
@@ -47,12 +49,13 @@ def comparison_of(drop_pp, interval=(-0.5, 0.5)):
     )
 
 
-def decision_of(*, drop_pp=0.3, interval=(-0.5, 0.9), medians_ms=FAST, graph_errors=0, **limits):
+def decision_of(*, drop_pp=0.3, interval=(-0.5, 0.9), medians_ms=FAST, graph_errors=0, parting=None, **limits):
     asked = {"max_drop_pp": 1.0, "min_speedup_fp32": 2.0, "min_speedup_fp16": 0.0} | limits
     return decide(
         comparison=comparison_of(drop_pp, interval),
         benchmark=benchmark_of(medians_ms),
         graph_errors=graph_errors,
+        parity=parity(parting),
         **asked,
     )
 
@@ -62,10 +65,21 @@ def test_a_model_that_meets_every_limit_is_accepted_with_the_numbers_found_and_a
     assert decision.accepted
     assert decision.reasons == (
         "The graph checks found 0 errors, as asked.",
+        "The engine computes what the INT8 file says: 19.7 dB SQNR on 64 images, and 19.7 dB where the file is "
+        "computed in float.",
         "The top-1 drop is 0.30 pp on 1000 images (95 % interval -0.50 to 0.90 pp); at most 1.00 pp is accepted "
         "(gate.max_drop_pp).",
         "INT8 runs at 4.00 times FP32 at batch 1 (2.000 against 8.000 ms), 4.00 times FP32 at batch 32 "
         "(50.000 against 200.000 ms); at least 2 times is asked at every batch size (gate.min_speedup_fp32).",
+    )
+
+
+def test_an_engine_that_computes_something_else_rejects_the_model_and_the_layer_is_named():
+    decision = decision_of(parting=Parting("conv1", "saturation", "They part first at conv1: its sums saturate."))
+    assert not decision.accepted
+    assert decision.reasons[0] == (
+        "The engine does not compute what the INT8 file says: 7.0 dB SQNR on 64 images against 19.7 dB where the file "
+        "is computed in float. They part first at conv1: its sums saturate."
     )
 
 
@@ -92,14 +106,14 @@ def test_a_drop_that_is_not_a_number_rejects_the_model():
 def test_a_drop_whose_interval_includes_the_limit_is_accepted_but_not_proven():
     decision = decision_of(interval=(-0.5, 1.1))
     assert decision.accepted
-    assert decision.reasons[1].endswith(
+    assert decision.reasons[2].endswith(
         "The interval includes the limit: the drop is accepted but not proven to stay below it."
     )
 
 
 @pytest.mark.parametrize("high", [0.99, 1.0])
 def test_a_drop_whose_interval_ends_at_the_limit_or_below_is_proven(high):
-    assert "not proven" not in decision_of(interval=(-0.5, high)).reasons[1]
+    assert "not proven" not in decision_of(interval=(-0.5, high)).reasons[2]
 
 
 def test_a_negative_limit_asks_for_a_gain():
@@ -125,7 +139,7 @@ def test_a_speed_up_on_the_limit_is_accepted():
 
 def test_every_failed_condition_is_listed_before_those_that_hold():
     decision = decision_of(drop_pp=3.0, medians_ms={("fp32", 1): 1.0, ("int8", 1): 1.0}, min_speedup_fp32=1.5)
-    assert [reason.split()[1] for reason in decision.reasons] == ["top-1", "runs", "graph"]
+    assert [reason.split()[1] for reason in decision.reasons] == ["top-1", "runs", "graph", "engine"]
 
 
 @pytest.mark.parametrize(
@@ -157,14 +171,14 @@ def test_an_empty_benchmark_rejects_the_model():
 def test_a_limit_of_zero_over_fp16_is_not_asked():
     decision = decision_of(medians_ms=FAST | {("fp16", 1): 0.1, ("fp16", 32): 0.1}, min_speedup_fp16=0.0)
     assert decision.accepted
-    assert len(decision.reasons) == 3
+    assert len(decision.reasons) == 4
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_the_limit_over_fp16_uses_the_half_precision_that_was_measured(precision):
     decision = decision_of(medians_ms=FAST | {(precision, 1): 3.0, (precision, 32): 75.0}, min_speedup_fp16=1.5)
     assert decision.accepted
-    assert f"1.50 times {precision.upper()} at batch 32 (50.000 against 75.000 ms)" in decision.reasons[3]
+    assert f"1.50 times {precision.upper()} at batch 32 (50.000 against 75.000 ms)" in decision.reasons[4]
 
 
 def test_an_int8_model_slower_than_fp16_is_rejected():
@@ -176,7 +190,7 @@ def test_an_int8_model_slower_than_fp16_is_rejected():
 
 def test_of_two_half_precisions_the_faster_is_the_rival():
     both = {("fp16", 1): 3.0, ("fp16", 32): 75.0, ("bf16", 1): 2.5, ("bf16", 32): 90.0}
-    reason = decision_of(medians_ms=FAST | both, min_speedup_fp16=1.0).reasons[3]
+    reason = decision_of(medians_ms=FAST | both, min_speedup_fp16=1.0).reasons[4]
     assert "1.25 times BF16 at batch 1" in reason
     assert "1.50 times FP16 at batch 32" in reason
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from ptq.numerics.saturation import (
     LARGEST_INPUT,
     LARGEST_SUM,
+    count_saturated,
     largest_sums,
     neighbours,
     scales_without_saturation,
@@ -101,3 +102,30 @@ def test_scales_that_suffice_stay_as_they_are_to_the_bit():
     weight = np.array([[1.0, -1.0, 0.5, 0.5]], np.float32)
     scale = np.array([1 / 127], np.float32)
     assert scales_without_saturation(weight, scale, np.full(4, LARGEST_INPUT), groups=1).tolist() == scale.tolist()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "size", "groups", "strides", "dilations"),
+    [
+        (4, 3, 3, 1, (1, 1), (1, 1)), (3, 2, 2, 1, (2, 1), (1, 2)), (3, 2, 3, 2, (1, 1), (1, 1)),
+        (5, 4, 1, 1, (1, 1), (1, 1)),
+    ],
+)  # fmt: skip
+def test_saturated_sums_are_counted_one_by_one(inputs, outputs, size, groups, strides, dilations):
+    generator = np.random.default_rng(1)
+    steps = generator.integers(-127, 128, (outputs * groups, inputs, size, size)).astype(np.float32)
+    factors = generator.integers(0, 256, (2, inputs * groups, 7, 8)).astype(np.float32)
+    pairs = neighbours(inputs, size * size, outputs=outputs, groups=groups)
+    saturated = sums = 0
+    reach = [(size - 1) * step for step in dilations]
+    for image, out in itertools.product(factors, range(outputs * groups)):
+        channels = image[out // outputs * inputs :][:inputs]
+        for row, column in itertools.product(range(0, 7 - reach[0], strides[0]), range(0, 8 - reach[1], strides[1])):
+            window = channels[:, row:, column:][:, :: dilations[0], :: dilations[1]][:, :size, :size]
+            products = (window * steps[out]).ravel()
+            for first, second in pairs:
+                sums += 1
+                saturated += not -32768 <= products[first] + products[second] <= 32767
+    found = count_saturated(steps, factors, strides=strides, dilations=dilations, groups=groups)
+    assert found == (saturated, sums)
+    assert 0 < saturated < sums

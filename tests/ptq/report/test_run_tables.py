@@ -10,12 +10,14 @@ from report_inputs import (
     evaluation,
     make_inputs,
     measurement,
+    parity,
     selection,
     verdict,
 )
 
 from ptq.records.evaluation import FlippedImage
 from ptq.records.graph import GraphChecks, GraphFinding
+from ptq.records.parity import Parting
 from ptq.report.html import html_report
 from ptq.report.markdown import markdown_report
 from ptq.report.run_tables import terminal_tables
@@ -128,6 +130,24 @@ def test_what_the_engine_ran_in_int8_is_listed_per_batch_size(page):
         ["1", "54", "98.1", "96.3", "7", "0"],
         ["32", "54", "98.1", "96.3", "7", "1"],
     ]
+
+
+def test_an_engine_that_does_what_the_file_says_raises_no_alarm(page):
+    title = "The engine and its file on 64 images"
+    assert page.table(title) == [
+        ["INT8 on the engine against FP32", "19.7", "95.3"],
+        ["The INT8 file in float against FP32", "19.7", "95.3"],
+        ["INT8 on the engine against its file", "60.0", "100.0"],
+    ]
+    assert page.alarming(title) == []
+
+
+def test_where_engine_and_file_part_stands_below_their_numbers_in_red():
+    inputs = make_inputs(parity=parity(Parting("conv1", "saturation", "They part first at conv1: its sums saturate.")))
+    html = html_report(inputs)
+    assert len(Page(html).alarming("The engine and its file on 64 images")) == 2
+    assert "They part first at conv1: its sums saturate." in html
+    assert "They part first at conv1" in markdown_report(inputs)
 
 
 def test_the_placement_counts_layers_and_residual_adds(html, page):
