@@ -6,11 +6,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PROCESSES ?= 2
+# Dozens of processes import the same libraries: each module is compiled once, not by every one of them.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-slow lint serve stop dask clean
 
 # The stamp is written last, so an interrupted installation is repeated. A pip of 2023 takes four times as long, and most
-# modules that it would compile are never imported.
+# modules that it would compile are never imported; those that are, the first import compiles.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --disable-pip-version-check 'pip>=26'

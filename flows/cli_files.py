@@ -34,21 +34,29 @@ def evaluate(
     name: Annotated[str, typer.Option("--model", help="Network of a checkpoint.")] = "resnet50",
     engine: Engine = ENGINE.name,
     threads: Threads = ENGINE.threads,
+    isa: Annotated[
+        list[str] | None,
+        typer.Option(help="Instruction set to evaluate under too, such as avx2, or native; repeat. OpenVINO only."),
+    ] = None,
     *,
     as_json: Json = False,
     **preprocessing: Any,
 ) -> None:
     """Evaluate a checkpoint or an ONNX file: loss, top-1, top-5, confusion matrix."""
     from ptq.api import evaluate_file
-    from ptq.report.terminal import tables_of_metrics
+    from ptq.report.terminal import table_of_isas, tables_of_metrics
 
     settings = config_from_options(DataConfig, EVALUATE, {"data": data, **preprocessing})
     check_choice("engine", engine, ENGINES)
-    found = evaluate_file(model, name=name, data=settings, split=split, engine=engine, threads=threads)
+    found = evaluate_file(
+        model, name=name, data=settings, split=split, engine=engine, threads=threads, isas=tuple(isa or ())
+    )
     if as_json:
         print_json(found.to_json())
         return
     show_tables(*tables_of_metrics(found.metrics, found.by_class, class_names=found.class_names))
+    if found.by_isa:
+        show_tables(table_of_isas(found.by_isa))
 
 
 def export(

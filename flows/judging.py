@@ -20,7 +20,7 @@ from tasks.stages.evaluation import evaluate_published
 from tasks.stages.export import export_qdq, limit_pair_sums, write_graph
 from tasks.stages.graph_checks import validate_graph
 from tasks.stages.model import equalize_channels
-from tasks.stages.parity import compare_with_file
+from tasks.stages.parity import compare_with_file, evaluate_each_isa
 from tasks.stages.publication import decide
 from tasks.stages.versus_published import compare_with_published, decide_on_published, find_published
 
@@ -69,6 +69,7 @@ def judge(
         for precision in run.precisions
     ]
     measured = benchmark(engines, run=run)
+    isas = evaluate_each_isa(graphs[0], judged.baseline, judged.images, run=run) if run.evaluates_isas else None
     return RunFindings(
         model=model,
         data=judged.data,
@@ -80,9 +81,10 @@ def judge(
         graphs=tuple(graphs),
         checks=tuple(checks),
         parity=parity,
+        isas=isas.found if isas else (),
         engines=tuple(engines),
         benchmark=measured,
-        decision=decide(selection, measured, checks, parity, run=run),
+        decision=decide(selection, measured, checks, parity, isas, judged.baseline, run=run),
         publication=Publication(published=False, model=run.config.model.published_name, version="", replaced=""),
     )
 

@@ -17,33 +17,49 @@ from ptq.data import decoding
 from ptq.data import index as index_module
 from ptq.data.remote_inputs import checkpoint_file
 from ptq.engines import open_engine
+from ptq.engines.isa import require_isa
 from ptq.errors import ManifestError, UsageError
 from ptq.evaluation.benchmark import FileMeasurement, measure_files
 from ptq.evaluation.evaluate import SplitImages, evaluate_graph
+from ptq.evaluation.instruction_sets import evaluate_under_isas
 from ptq.evaluation.predictions import ClassMetrics, class_metrics, tables_from_parquet
 from ptq.graph.summary import summarize_onnx
 from ptq.quantization.prepare_torch import write_float_model
 from ptq.records.base import to_jsonable
-from ptq.records.evaluation import SplitMetrics
+from ptq.records.evaluation import IsaEvaluation, SplitMetrics
 from ptq.records.graph import GraphChecks
 from ptq.report.deliver import check_output_directory
 
 
 @dataclass(frozen=True, slots=True)
 class FileEvaluation:
-    """A model file measured on one split: as a whole, by class, and the names of the classes as far as known."""
+    """A model file measured on one split: as a whole, by class, and the names of the classes as far as known.
+
+    `by_isa` refers to the same file in float (ONNX Runtime): its SQNR and agreement.
+    """
 
     metrics: SplitMetrics
     by_class: ClassMetrics
     class_names: tuple[str, ...]
+    by_isa: tuple[IsaEvaluation, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Returns every metric in one JSON object; the confusion matrix has labels in rows."""
-        return {**to_jsonable(self.metrics), **to_jsonable(self.by_class)}
+        isas = {"by_isa": to_jsonable(self.by_isa)} if self.by_isa else {}
+        return {**to_jsonable(self.metrics), **to_jsonable(self.by_class), **isas}
 
 
-def evaluate_file(model: str, *, name: str, data: DataConfig, split: str, engine: str, threads: int) -> FileEvaluation:
-    """Returns the metrics of a checkpoint or an ONNX file on one split.
+def evaluate_file(
+    model: str,
+    *,
+    name: str,
+    data: DataConfig,
+    split: str,
+    engine: str,
+    threads: int,
+    isas: Sequence[str] = (),
+) -> FileEvaluation:
+    """Returns the metrics of a checkpoint or an ONNX file on one split, and under each instruction set asked for.
 
     Args:
         model: an ONNX file (`.onnx`), else a checkpoint; a path or s3://...
@@ -52,12 +68,21 @@ def evaluate_file(model: str, *, name: str, data: DataConfig, split: str, engine
         split: the split to evaluate.
         engine: name of an engine, or auto.
         threads: CPU threads; 0 for all cores.
+        isas: instruction sets of OpenVINO's kernels, or `native`.
 
     Raises:
         PtqError: model or data cannot be used.
     """
     preprocessing = data.preprocessing
     opened = open_engine(engine, threads=threads)
+    if isas and opened.identity().name != "openvino":
+        raise UsageError(
+            f"engine is {opened.identity().name}, which knows no instruction sets to choose from. Leave out --isa, or "
+            "evaluate with --engine openvino."
+        )
+    for isa in isas:
+        if isa != "native":
+            require_isa(isa)
     index = index_module.index_images(data.path, calibration_split=split, selection_split=split, test_split=split)
     with checkpoint_file(model) as file, tempfile.TemporaryDirectory() as directory:
         graph = file
@@ -97,9 +122,21 @@ def evaluate_file(model: str, *, name: str, data: DataConfig, split: str, engine
             std=preprocessing.std,
             reference_logits=None,
         )
+        by_isa = evaluate_under_isas(
+            graph,
+            isas,
+            images,
+            precision="int8" if summary.quantize_nodes else "fp32",
+            batch_size=summary.input_shape[0] or 32,
+            threads=threads,
+            float_remainder="fp32",
+            mean=preprocessing.mean,
+            std=preprocessing.std,
+            reference_logits=None,
+        )
     predictions = tables_from_parquet(found.predictions)[split]
     by_class = class_metrics(predictions, num_classes=found.num_classes)
-    return FileEvaluation(found.splits[0], by_class, index.class_names)
+    return FileEvaluation(found.splits[0], by_class, index.class_names, by_isa)
 
 
 def benchmark_files(

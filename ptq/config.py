@@ -392,6 +392,11 @@ class GateConfig(_Section):
         le=1000,
         description="Largest ratio of the median latency to that of the version in service, at any batch size.",
     )
+    isas: tuple[Literal["native"] | Isa, ...] = Field(
+        (),
+        description="Instruction sets under which the accuracy drop must hold too, such as avx2; OpenVINO only, each "
+        "in a process of its own.",
+    )
     publish_inconclusive: bool = Field(
         False,
         description="Publish a model that measured worse than the version in service, where chance can explain it.",

@@ -9,6 +9,7 @@ from unittest.mock import patch
 # Before torch is imported: where two test processes share the cores, threads that wait must not spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import hypothesis
 import numpy as np
 import pytest
 import s3_servers
@@ -21,6 +22,9 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
 os.environ.setdefault("UVICORN_LOOP", "tasks.runtime.prefect_server:event_loop")
+# A machine that others use, or coverage, makes any example slow now and then.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 # Runs of the tests wait for each other, not for those of whoever uses this machine.
 _LOCKS = tempfile.TemporaryDirectory(prefix="ptq-test-locks-")
 os.environ["PTQ_LOCK_DIR"] = _LOCKS.name

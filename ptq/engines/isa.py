@@ -80,6 +80,34 @@ def play_isa(name: str) -> None:
         UsageError: there is no instruction set of that name.
         EngineBuildError: this processor lacks it, or OpenVINO runs in this process already, with another.
     """
+    require_isa(name)
+    if name == current_isa():
+        return
+    if "openvino" in sys.modules:
+        raise EngineBuildError(
+            f"OpenVINO runs in this process already, with {current_isa()}, and cannot change to {name}. Set the "
+            f"environment variable {_LIMIT}={name.upper()} before the program starts."
+        )
+    os.environ[_LIMIT] = name.upper()
+
+
+def limited_environment(name: str) -> dict[str, str]:
+    """Returns the environment of a process whose kernels are limited to an instruction set, `native` for none.
+
+    >>> limited_environment("avx2")["ONEDNN_MAX_CPU_ISA"], "ONEDNN_MAX_CPU_ISA" in limited_environment("native")
+    ('AVX2', False)
+    """
+    plain = {key: value for key, value in os.environ.items() if key not in (_LIMIT, "DNNL_MAX_CPU_ISA")}
+    return plain if name == "native" else {**plain, _LIMIT: name.upper()}
+
+
+def require_isa(name: str) -> None:
+    """Raises the errors of `play_isa` for a name that this processor cannot play.
+
+    Raises:
+        UsageError: there is no instruction set of that name.
+        EngineBuildError: this processor lacks it.
+    """
     if name not in ISAS:
         raise UsageError(
             f"The instruction set is {name!r}. Those that kernels can be limited to are {', '.join(ISAS)}. Give one of "
@@ -91,14 +119,6 @@ def play_isa(name: str) -> None:
             f"This processor has no {name}; it has {', '.join(playable) or platform.machine()}. Take one of these, or "
             "run on a machine that has it."
         )
-    if name == current_isa():
-        return
-    if "openvino" in sys.modules:
-        raise EngineBuildError(
-            f"OpenVINO runs in this process already, with {current_isa()}, and cannot change to {name}. Set the "
-            f"environment variable {_LIMIT}={name.upper()} before the program starts."
-        )
-    os.environ[_LIMIT] = name.upper()
 
 
 def _processor_features() -> frozenset[str]:

@@ -5,11 +5,12 @@ after a rejection is decided elsewhere.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ptq.records.benchmark import BenchmarkRecord, Measurement
 from ptq.records.decision import GateDecision
-from ptq.records.evaluation import PairedComparison
+from ptq.records.evaluation import IsaEvaluation, PairedComparison
 from ptq.records.parity import ParityRecord
 
 # What a person is told of a run that published nothing, by its decision.
@@ -37,6 +38,8 @@ def decide(
     max_drop_pp: float,
     min_speedup_fp32: float,
     min_speedup_fp16: float,
+    isas: Sequence[IsaEvaluation] = (),
+    fp32_top1_percent: float = math.nan,
 ) -> GateDecision:
     """Returns whether every condition holds, with one reason for each, failed conditions first.
 
@@ -48,6 +51,8 @@ def decide(
         max_drop_pp: largest accuracy drop accepted, in percentage points.
         min_speedup_fp32: least ratio of FP32's median latency to INT8's, at every batch size.
         min_speedup_fp16: the same over FP16 or BF16, the faster where both were measured; 0 skips it.
+        isas: INT8 on the test split under the instruction sets asked for; `max_drop_pp` must hold under each.
+        fp32_top1_percent: FP32's top-1 on the test split, which those are held against.
 
     A latency that is asked for and missing rejects the model: what was not measured is not known to be fast.
 
@@ -66,6 +71,7 @@ def decide(
                 benchmark, rivals=("fp16", "bf16"), limit=min_speedup_fp16, option="gate.min_speedup_fp16"
             )
         )
+    conditions += [_isa_condition(each, fp32_top1_percent, max_drop_pp) for each in isas]
     # sorted is stable: within failed and held conditions the order above stays.
     ordered = sorted(conditions, key=lambda condition: condition.holds)
     return GateDecision(
@@ -109,6 +115,16 @@ def _drop_condition(comparison: PairedComparison, max_drop_pp: float) -> _Condit
     if high > max_drop_pp:
         found += " The interval includes the limit: the drop is accepted but not proven to stay below it."
     return _Condition(True, found)
+
+
+def _isa_condition(found: IsaEvaluation, fp32_top1_percent: float, max_drop_pp: float) -> _Condition:
+    drop_pp = fp32_top1_percent - found.metrics.top1_percent
+    drop, limit = _distinct(drop_pp, max_drop_pp)
+    return _Condition(
+        drop_pp <= max_drop_pp,
+        f"Under {found.isa} the top-1 drop is {drop} pp on {found.metrics.images} images; at most {limit} pp is "
+        "accepted (gate.max_drop_pp).",
+    )
 
 
 def _speedup_condition(benchmark: BenchmarkRecord, *, rivals: tuple[str, ...], limit: float, option: str) -> _Condition:

@@ -6,7 +6,7 @@ engine loses beyond that is a fault of its kernels on this processor, or of how 
 """
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,10 +171,9 @@ def _cause(
                 shares[name] = saturated / max(sums, 1)
         worst = max(shares, key=shares.__getitem__, default="")
         if worst and shares[worst] > 0:
-            return worst, "saturation", (
-                f"{100 * shares[worst]:.2g} % of its sums of two products saturate at 16 bits, as they do on "
-                f"processors without VNNI ({isa}). Quantize with `engine.isa: portable`."
-            )  # fmt: skip
+            why = f"{100 * shares[worst]:.2g} % of its sums of two products saturate at 16 bits, as they do on"
+            why += f" processors without VNNI ({isa}). Quantize with `engine.isa: portable`."
+            return worst, "saturation", why
     built = runs.engine.build(
         saved(beginning_of(model, cut.tensor)),
         precision="int8",
@@ -186,8 +185,6 @@ def _cause(
         kept = types.get(name) or types.get(tensor)
         if kept in _FLOATS:
             return name, "float", f"the engine runs it in {kept}, not in INT8. Check the graph with `ptq validate`."
-    names: Sequence[str] = list(cut.layers.values())
-    return names[-1], "fusion", (
-        "no sum saturates there and the layer runs in INT8, so the engine fuses it with its neighbours in another way "
-        "than the file says. Leave it in float with `quantization.skip_layers`."
-    )  # fmt: skip
+    why = "no sum saturates there and the layer runs in INT8, so the engine fuses it with its neighbours in another way"
+    why += " than the file says. Leave it in float with `quantization.skip_layers`."
+    return list(cut.layers.values())[-1], "fusion", why

@@ -7,7 +7,7 @@ from ptq.records.base import ArtifactRef
 from ptq.records.benchmark import BenchmarkRecord, PublishedLatency
 from ptq.records.calibration import AmaxRecord, CalibrationDraws
 from ptq.records.data import DataRecord
-from ptq.records.evaluation import EvaluationRecord, PairedComparison, Selection
+from ptq.records.evaluation import EvaluationRecord, IsaEvaluation, PairedComparison, Selection
 from ptq.records.graph import EngineRecord, GraphChecks, GraphRecord
 from ptq.records.parity import ParityRecord
 from ptq.records.plan import ModelRecord
@@ -194,6 +194,7 @@ class RunFindings:
     graphs: tuple[GraphRecord, ...]
     checks: tuple[GraphChecks, ...]
     parity: ParityRecord
+    isas: tuple[IsaEvaluation, ...]
     engines: tuple[EngineRecord, ...]
     benchmark: BenchmarkRecord
     decision: GateDecision

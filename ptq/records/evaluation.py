@@ -48,6 +48,22 @@ class EvaluationRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class IsaEvaluation:
+    """One model under one instruction set: metrics, and the median latency at batch 1 in ms."""
+
+    isa: str
+    metrics: SplitMetrics
+    median_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class IsaEvaluations:
+    """One model under each instruction set asked for, on the test split against FP32."""
+
+    found: tuple[IsaEvaluation, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class PairedComparison:
     """INT8 against FP32 on the same images.
 

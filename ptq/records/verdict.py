@@ -110,6 +110,16 @@ class VerdictParity(_Part):
     cause: Cause | None = None
 
 
+class VerdictIsa(_Part):
+    """INT8 on the test split under one instruction set; the latency is that of batch 1, in ms."""
+
+    isa: str
+    top1_percent: float
+    drop_pp: float
+    sqnr_db: float | None
+    median_ms: float
+
+
 class VerdictPublished(_Part):
     """The new model against the version in service, on the same images and in turns on the same engine.
 
@@ -153,6 +163,7 @@ class Verdict(_Part):
     int8: VerdictInt8
     graph_checks: VerdictGraphChecks
     parity: VerdictParity | None = None
+    isas: tuple[VerdictIsa, ...] = ()
     gate: GateDecision
     in_service: VerdictPublished | None = None
     files: dict[str, VerdictFile]

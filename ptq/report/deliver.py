@@ -36,6 +36,7 @@ from ptq.records.verdict import (
     VerdictFile,
     VerdictGraphChecks,
     VerdictInt8,
+    VerdictIsa,
     VerdictLatency,
     VerdictMeasurement,
     VerdictParity,
@@ -123,6 +124,16 @@ def compose_verdict(
             warnings=sum(check.warnings for check in findings.checks),
         ),
         parity=_verdict_parity(findings.parity),
+        isas=tuple(
+            VerdictIsa(
+                isa=each.isa,
+                top1_percent=each.metrics.top1_percent,
+                drop_pp=findings.baseline.on(test).top1_percent - each.metrics.top1_percent,
+                sqnr_db=each.metrics.sqnr_db,
+                median_ms=each.median_ms,
+            )
+            for each in findings.isas
+        ),
         gate=findings.decision,
         files={
             name: VerdictFile(uri=store.object_uri(ref), sha256=ref.sha256, size_bytes=ref.size_bytes)

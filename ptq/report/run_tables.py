@@ -55,7 +55,7 @@ LATENCIES: Mapping[str, Callable[[Measurement], float]] = {
 def terminal_tables(inputs: ReportInputs) -> tuple[Table, ...]:
     """Returns the tables a person wants at the end of a run: accuracy, candidates, speed and what ran in INT8."""
     tables = [accuracy_table(inputs), comparison_table(inputs), trials_table(inputs), latency_table(inputs)]
-    return (*tables, int8_table(inputs), parity_table(inputs), checks_table(inputs))
+    return (*tables, *isas_tables(inputs), int8_table(inputs), parity_table(inputs), checks_table(inputs))
 
 
 def accuracy_table(inputs: ReportInputs) -> Table:
@@ -251,6 +251,23 @@ def int8_table(inputs: ReportInputs) -> Table:
         for engine in int8_engines(inputs)
     )
     return Table("What the INT8 engine really runs", columns, rows)
+
+
+def isas_tables(inputs: ReportInputs) -> tuple[Table, ...]:
+    """Returns INT8 under the instruction sets that the gate asks for; no table where it asks for none."""
+    rows = tuple(
+        (
+            item.isa,
+            fixed(item.top1_percent, 2),
+            fixed(item.drop_pp, 2, sign=True),
+            fixed(item.sqnr_db, 1),
+            fixed(item.median_ms, 2),
+        )
+        for item in inputs.verdict.isas
+    )
+    columns = ("Instruction set", "Top-1, %", "Drop, pp", "SQNR, dB", "Median at batch 1, ms")
+    title = f"INT8 under each instruction set, {inputs.selection.test_split} images"
+    return (Table(title, columns, rows),) if rows else ()
 
 
 def parity_table(inputs: ReportInputs) -> Table:

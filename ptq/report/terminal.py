@@ -9,9 +9,9 @@ from typing import Any
 
 from ptq.evaluation.benchmark import FileMeasurement
 from ptq.evaluation.predictions import ClassMetrics
-from ptq.records.evaluation import SplitMetrics
+from ptq.records.evaluation import IsaEvaluation, SplitMetrics
 from ptq.records.graph import GraphChecks, GraphFinding
-from ptq.records.verdict import Verdict, VerdictMeasurement, VerdictPublished
+from ptq.records.verdict import Verdict, VerdictIsa, VerdictMeasurement, VerdictParity, VerdictPublished
 from ptq.report.cells import Table, fixed, interval_text, percent_change, probability
 from ptq.storage.garbage import Collection
 from ptq.wording import first_names
@@ -23,7 +23,9 @@ NODES_SHOWN = 3
 def tables_of_verdict(verdict: Verdict) -> tuple[Table, ...]:
     """Returns what a person wants at the end of a run: accuracy, every candidate, speed, what ran in INT8."""
     in_service = (_in_service(verdict.in_service),) if verdict.in_service else ()
-    return _accuracy(verdict), _trials(verdict), _latency(verdict), *in_service
+    parity = (_parity(verdict.parity),) if verdict.parity else ()
+    isas = (_isas(verdict.isas),) if verdict.isas else ()
+    return _accuracy(verdict), _trials(verdict), _latency(verdict), *isas, *parity, *in_service
 
 
 def _in_service(found: VerdictPublished) -> Table:
@@ -124,6 +126,50 @@ def tables_of_metrics(
     )
     columns = ("True class", *names, "Recall, %", "Precision, %")
     return summary, Table("Confusion matrix: rows are labels, columns predictions", columns, rows)
+
+
+def table_of_isas(found: Sequence[IsaEvaluation]) -> Table:
+    """Returns a row for each instruction set that a file was evaluated under."""
+    rows = tuple(
+        (
+            item.isa,
+            fixed(item.metrics.top1_percent, 2),
+            fixed(item.metrics.sqnr_db, 1),
+            fixed(item.metrics.agreement_percent, 2),
+            fixed(item.median_ms, 2),
+        )
+        for item in found
+    )
+    columns = ("Instruction set", "Top-1, %", "SQNR, dB", "Same top-1, %", "Median at batch 1, ms")
+    note = "SQNR and same top-1 refer to the same file, computed in float by ONNX Runtime."
+    return Table("OpenVINO under each instruction set", columns, rows, note)
+
+
+def _isas(found: Sequence[VerdictIsa]) -> Table:
+    rows = tuple(
+        (
+            item.isa,
+            fixed(item.top1_percent, 2),
+            fixed(item.drop_pp, 2, sign=True),
+            fixed(item.sqnr_db, 1),
+            fixed(item.median_ms, 2),
+        )
+        for item in found
+    )
+    columns = ("Instruction set", "Top-1, %", "Drop, pp", "SQNR, dB", "Median at batch 1, ms")
+    return Table("INT8 under each instruction set", columns, rows)
+
+
+def _parity(found: VerdictParity) -> Table:
+    rows = [
+        ("INT8 on the engine", f"{fixed(found.engine_sqnr_db, 1)} dB"),
+        ("The INT8 file in float", f"{fixed(found.file_sqnr_db, 1)} dB"),
+    ]
+    if found.cause:
+        rows.append(("They part first at", f"{found.layer or 'no single layer'}: {found.cause}"))
+    alarming = (0, 2) if found.cause else ()
+    title = f"SQNR against FP32 on {found.images:,} images"
+    return Table(title, ("Model", "Value"), tuple(rows), alarming=alarming)
 
 
 def table_of_checks(checks: GraphChecks) -> Table:

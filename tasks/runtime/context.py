@@ -65,6 +65,11 @@ class RunContext(StageContext):
         return self.config.engine.isa == "portable" or adds_in_16_bits(self.identity.isa)
 
     @property
+    def evaluates_isas(self) -> bool:
+        """Whether the model is evaluated under instruction sets of its own, which OpenVINO alone has."""
+        return self.identity.name == "openvino" and bool(self.config.gate.isas)
+
+    @property
     def normalization(self) -> Normalization:
         """What makes the network's input of pixels."""
         return self.config.data.preprocessing.normalization

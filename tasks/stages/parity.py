@@ -1,4 +1,4 @@
-"""The stage that tells whether the engine computes what the INT8 file says."""
+"""Stages that tell whether the engine computes what the INT8 file says, here and under other instruction sets."""
 
 from collections.abc import Mapping
 
@@ -8,13 +8,16 @@ from prefect.logging import get_run_logger
 from ptq.data.images import network_input
 from ptq.data.sampling import evenly_spaced
 from ptq.engines import open_engine
+from ptq.evaluation.evaluate import split_images_from_files
+from ptq.evaluation.instruction_sets import evaluate_under_isas
 from ptq.evaluation.parity import IMAGES, measure_parity
 from ptq.files import arrays_from_npz
 from ptq.records.data import PreparedImages
-from ptq.records.evaluation import EvaluationRecord
+from ptq.records.evaluation import EvaluationRecord, IsaEvaluations
 from ptq.records.graph import GraphRecord
 from ptq.records.parity import ParityRecord
 from tasks.runtime.context import RunContext
+from tasks.runtime.progress import progress_logger
 from tasks.runtime.stage import stage
 
 
@@ -22,11 +25,15 @@ from tasks.runtime.stage import stage
     returns=ParityRecord,
     timeout_seconds=4 * 3600,
     uses=(
-        "config.engine.evaluation_batch_size", "config.engine.float_remainder", "identity", "normalization",
-        "selection_split", "threads",
+        "config.engine.evaluation_batch_size",
+        "config.engine.float_remainder",
+        "identity",
+        "normalization",
+        "selection_split",
+        "threads",
     ),
     machine="shared",
-)  # fmt: skip
+)
 def compare_with_file(
     graph: GraphRecord,
     evaluation: EvaluationRecord,
@@ -54,3 +61,52 @@ def compare_with_file(
     log = get_run_logger().info if found.parting is None else get_run_logger().warning
     log("SQNR on the engine %.1f dB, of the file in float %.1f dB", found.engine.sqnr_db, found.file.sqnr_db)
     return found
+
+
+@stage(
+    returns=IsaEvaluations,
+    timeout_seconds=24 * 3600,
+    uses=(
+        "config.data.test_split",
+        "config.engine.evaluation_batch_size",
+        "config.engine.float_remainder",
+        "config.gate.isas",
+        "identity",
+        "normalization",
+        "threads",
+    ),
+    machine="shared",
+)
+def evaluate_each_isa(
+    graph: GraphRecord, baseline: EvaluationRecord, splits: Mapping[str, PreparedImages], *, run: RunContext
+) -> IsaEvaluations:
+    """Evaluate the INT8 graph under each instruction set of the gate, on the test split."""
+    store, split = run.store, run.config.data.test_split
+    images = split_images_from_files(
+        split,
+        pixels=store.get_path(splits[split].pixels),
+        labels=store.get_path(splits[split].labels),
+        files=store.get_path(splits[split].sha256_of_files),
+    )
+    found = evaluate_under_isas(
+        store.get_path(graph.onnx),
+        run.config.gate.isas,
+        images,
+        precision="int8",
+        batch_size=run.config.engine.evaluation_batch_size,
+        threads=run.threads,
+        float_remainder=run.config.engine.float_remainder,
+        mean=run.normalization.mean,
+        std=run.normalization.std,
+        reference_logits=arrays_from_npz(store.get_path(baseline.logits))[split],
+        progress=progress_logger("instruction sets"),
+    )
+    for each in found:
+        get_run_logger().info(
+            "%s: top-1 %.2f %%, SQNR %.1f dB, median %.2f ms at batch 1",
+            each.isa,
+            each.metrics.top1_percent,
+            each.metrics.sqnr_db,
+            each.median_ms,
+        )
+    return IsaEvaluations(found)

@@ -14,7 +14,7 @@ from ptq.evaluation import gate
 from ptq.records.base import ArtifactRef
 from ptq.records.benchmark import BenchmarkRecord
 from ptq.records.decision import GateDecision, Publication, RunDecision, RunFindings, RunResult
-from ptq.records.evaluation import Selection
+from ptq.records.evaluation import EvaluationRecord, IsaEvaluations, Selection
 from ptq.records.graph import GraphChecks
 from ptq.records.parity import ParityRecord
 from ptq.report.deliver import build_report, check_output_directory, deliver, lineage
@@ -34,13 +34,20 @@ def check_destinations(config: PtqConfig) -> None:
 @stage(
     returns=GateDecision,
     timeout_seconds=60,
-    uses=("config.gate.max_drop_pp", "config.gate.min_speedup_fp16", "config.gate.min_speedup_fp32"),
+    uses=(
+        "config.data.test_split",
+        "config.gate.max_drop_pp",
+        "config.gate.min_speedup_fp16",
+        "config.gate.min_speedup_fp32",
+    ),
 )
 def decide(
     selection: Selection,
     benchmark: BenchmarkRecord,
     checks: Sequence[GraphChecks],
     parity: ParityRecord,
+    isas: IsaEvaluations | None,
+    baseline: EvaluationRecord,
     *,
     run: RunContext,
 ) -> GateDecision:
@@ -51,6 +58,8 @@ def decide(
         benchmark=benchmark,
         graph_errors=sum(check.errors for check in checks),
         parity=parity,
+        isas=isas.found if isas else (),
+        fp32_top1_percent=baseline.on(run.config.data.test_split).top1_percent,
         max_drop_pp=limits.max_drop_pp,
         min_speedup_fp32=limits.min_speedup_fp32,
         min_speedup_fp16=limits.min_speedup_fp16,

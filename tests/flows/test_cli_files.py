@@ -3,6 +3,9 @@ import json
 import pytest
 from command_line import SIZE, assert_says
 
+from ptq.config import ISAS
+from ptq.engines.isa import playable_isas
+
 
 def test_train_evaluate_export_validate_and_benchmark_one_model(run, image_folder, tmp_path):
     weights = tmp_path / "trained.pth"
@@ -38,3 +41,42 @@ def test_train_evaluate_export_validate_and_benchmark_one_model(run, image_folde
 
 def test_a_folder_without_a_verdict_is_no_run(run, tmp_path):
     assert_says(run("report", tmp_path), 2, "holds no verdict.json")
+
+
+@pytest.mark.skipif(not playable_isas(), reason="kernels of this processor cannot be limited")
+def test_a_file_is_evaluated_under_each_instruction_set(run, checkpoint, image_folder, tmp_path):
+    model = ["--model", "networks:SmallResNet"]
+    code, out, _ = run("export", "--checkpoint", checkpoint, *model, "--crop", 24, "--output", tmp_path)
+    assert code == 0
+    oldest, newest = playable_isas()[0], playable_isas()[-1]
+    evaluate = ["evaluate", out.split()[0], "--data", image_folder, *SIZE, "--engine", "openvino", "--threads", 1]
+    code, out, err = run(*evaluate, "--isa", oldest, "--isa", "native", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert [each["isa"] for each in found["by_isa"]] == [oldest, newest]
+    for each in found["by_isa"]:
+        # In FP32 every instruction set agrees with ONNX Runtime.
+        assert each["metrics"]["agreement_percent"] == 100
+        assert each["metrics"]["sqnr_db"] > 80
+        assert each["median_ms"] > 0
+    code, out, _ = run(*evaluate, "--isa", "native")
+    assert code == 0
+    assert "OpenVINO under each instruction set" in out
+    assert newest in out
+
+
+@pytest.mark.parametrize(
+    ("isa", "code", "parts"),
+    [
+        ("avx3", 2, ["The instruction set is 'avx3'", "avx512_core_vnni", "or `native`"]),
+        *[(isa, 1, [f"has no {isa}; it has", "Take one of these"]) for isa in ISAS if isa not in playable_isas()][-1:],
+    ],
+)
+def test_an_instruction_set_that_cannot_be_had_is_named_before_any_work(run, image_folder, tmp_path, isa, code, parts):
+    evaluate = ["evaluate", tmp_path / "none.onnx", "--data", image_folder, *SIZE, "--engine", "openvino"]
+    assert_says(run(*evaluate, "--isa", isa), code, *parts)
+
+
+def test_an_engine_without_instruction_sets_is_named(run, image_folder, tmp_path):
+    evaluate = ["evaluate", tmp_path / "none.onnx", "--data", image_folder, *SIZE, "--engine", "onnxruntime"]
+    assert_says(run(*evaluate, "--isa", "native"), 2, "engine is onnxruntime", "--engine openvino")

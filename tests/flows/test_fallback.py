@@ -91,7 +91,7 @@ def test_without_fallback_a_rejected_model_stays_rejected_and_nothing_new_runs(
     assert verdict.best.top1_percent == 25
     assert not FALLBACK_STAGES & set(stages(notes))
     assert stages(notes).count("export_qdq") == stages(notes).count("decide") == 1
-    assert len(verdict.gate.reasons) == 3
+    assert len(verdict.gate.reasons) == 4
     assert "What was tried" not in (tmp_path / "report.md").read_text()
     assert "What was tried" not in (tmp_path / "report.html").read_text()
 

@@ -41,7 +41,9 @@ def config_of(checkpoint, images, directory, **sections):
 def finished(prefect_backend, checkpoint, image_folder, tmp_path_factory):
     """One run, its folder and its result."""
     directory = tmp_path_factory.mktemp("run")
-    config = config_of(checkpoint, image_folder, directory, quantization={"dialects": ["cpu", "tensorrt"]})
+    config = config_of(
+        checkpoint, image_folder, directory, quantization={"dialects": ["cpu", "tensorrt"]}, gate={"isas": ["native"]}
+    )
     return config, directory, quantize_model(config)
 
 
@@ -71,6 +73,23 @@ def test_the_verdict_names_every_trial_and_method_and_agrees_with_the_tables(fin
     assert rows.filter(polars.col("chosen"))["id"].to_list() == [verdict.best.id]
     assert verdict.graph_checks.errors == 0
     assert verdict.int8.conv_int8_input_percent == 100
+
+
+def test_the_model_is_evaluated_under_the_instruction_sets_of_the_gate_and_held_against_its_file(finished):
+    _, directory, result = finished
+    verdict = verdict_in(directory)
+    (found,) = verdict.isas
+    assert found.isa == verdict.engine.isa
+    # The same kernels, in a process of their own.
+    assert (found.top1_percent, found.drop_pp) == (verdict.best.top1_percent, pytest.approx(verdict.best.drop_pp))
+    assert found.median_ms > 0
+    assert any(reason.startswith(f"Under {found.isa} the top-1 drop is") for reason in result.reasons)
+    assert verdict.parity.cause is None
+    assert verdict.parity.images == 32
+    assert any(reason.startswith("The engine computes what the INT8 file says") for reason in result.reasons)
+    report = (directory / "output" / "report.html").read_text()
+    assert "INT8 under each instruction set" in report
+    assert "The engine and its file on 32 images" in report
 
 
 def test_predictions_are_enough_to_compute_the_accuracy_again(finished):

@@ -5,7 +5,7 @@ from report_inputs import parity
 
 from ptq.evaluation.gate import decide
 from ptq.records.benchmark import BenchmarkRecord, Measurement
-from ptq.records.evaluation import PairedComparison
+from ptq.records.evaluation import IsaEvaluation, PairedComparison, SplitMetrics
 from ptq.records.graph import EngineIdentity
 from ptq.records.parity import Parting
 
@@ -49,13 +49,15 @@ def comparison_of(drop_pp, interval=(-0.5, 0.5)):
     )
 
 
-def decision_of(*, drop_pp=0.3, interval=(-0.5, 0.9), medians_ms=FAST, graph_errors=0, parting=None, **limits):
+def decision_of(*, drop_pp=0.3, interval=(-0.5, 0.9), medians_ms=FAST, graph_errors=0, parting=None, isas=(), **limits):
     asked = {"max_drop_pp": 1.0, "min_speedup_fp32": 2.0, "min_speedup_fp16": 0.0} | limits
     return decide(
         comparison=comparison_of(drop_pp, interval),
         benchmark=benchmark_of(medians_ms),
         graph_errors=graph_errors,
         parity=parity(parting),
+        isas=isas,
+        fp32_top1_percent=80.0,
         **asked,
     )
 
@@ -81,6 +83,21 @@ def test_an_engine_that_computes_something_else_rejects_the_model_and_the_layer_
         "The engine does not compute what the INT8 file says: 7.0 dB SQNR on 64 images against 19.7 dB where the file "
         "is computed in float. They part first at conv1: its sums saturate."
     )
+
+
+def under(isa, top1_percent):
+    metrics = SplitMetrics("test", 700, top1_percent, 99.0, 0.5, 19.0, 95.0)
+    return IsaEvaluation(isa, metrics, median_ms=2.0)
+
+
+def test_the_drop_must_hold_under_every_instruction_set_asked_for():
+    decision = decision_of(isas=[under("avx512_core_vnni", 79.5), under("avx2", 67.0)])
+    assert not decision.accepted
+    assert decision.reasons[0] == (
+        "Under avx2 the top-1 drop is 13.00 pp on 700 images; at most 1.00 pp is accepted (gate.max_drop_pp)."
+    )
+    assert any(reason.startswith("Under avx512_core_vnni the top-1 drop is 0.50 pp") for reason in decision.reasons)
+    assert decision_of(isas=[under("avx2", 79.0)]).accepted
 
 
 def test_one_graph_error_rejects_the_model():
