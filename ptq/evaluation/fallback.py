@@ -76,7 +76,6 @@ def only_accuracy_failed(
     limits: GateConfig,
 ) -> bool:
     """Whether the gate rejects the candidate, and would accept it if any drop of accuracy were allowed."""
-    speed = {"min_speedup_fp32": limits.min_speedup_fp32, "min_speedup_fp16": limits.min_speedup_fp16}
     with_limit, without = (
         gate.decide(
             comparison=comparison,
@@ -84,7 +83,8 @@ def only_accuracy_failed(
             graph_errors=graph_errors,
             parity=parity,
             max_drop_pp=max_drop_pp,
-            **speed,
+            min_speedup_fp32=limits.min_speedup_fp32,
+            min_speedup_fp16=limits.min_speedup_fp16,
         )
         for max_drop_pp in (limits.max_drop_pp, float("inf"))
     )

@@ -24,7 +24,7 @@ from ptq.evaluation.evaluate import SplitImages, logits_of
 from ptq.numerics.metrics import split_metrics
 from ptq.records.evaluation import IsaEvaluation
 
-_TIMED = {"warmup_ms": 100.0, "duration_s": 0.5, "min_iterations": 10}
+_WARMUP_MS, _DURATION_S, _ITERATIONS = 100.0, 0.5, 10
 
 
 def evaluate_under_isas(
@@ -128,7 +128,7 @@ def _main(folder: Path) -> None:
     image = network_input(first, mean=settings["mean"], std=settings["std"])
     built = engine.build(Path(settings["graph"]), batch_size=1, **options)
     runner = engine.load(built.blob, batch_size=1, **options)
-    samples, _ = runner.timed_calls(image, **_TIMED)
+    samples, _ = runner.timed_calls(image, warmup_ms=_WARMUP_MS, duration_s=_DURATION_S, min_iterations=_ITERATIONS)
     found = {"isa": current_isa(), "median_ms": float(np.median(samples))}
     (folder / "found.json").write_text(json.dumps(found))
 
