@@ -114,6 +114,7 @@ def test_the_most_sensitive_layer_left_in_float_makes_the_model_acceptable(check
     assert "Layers left in float by the placement: gather." in report
 
 
+@pytest.mark.slow
 def test_an_attempt_exists_for_the_chosen_trial_alone(checkpoints, image_folder, store, tmp_path):
     _, verdict, _ = run(checkpoints, image_folder, store, tmp_path, trials=2, fallback={"float_layers": 1})
     names = [(candidate.method, candidate.trial) for candidate in verdict.candidates]
@@ -146,6 +147,7 @@ def test_a_method_chosen_per_layer_makes_a_model_acceptable_that_no_single_metho
     assert any(reason.startswith("Tried the method chosen per layer: ") for reason in verdict.gate.reasons)
 
 
+@pytest.mark.slow
 def test_several_percentiles_are_methods_to_choose_from(checkpoints, image_folder, store, tmp_path):
     # Percentile 100 is max, percentile 90 is what the other layers need.
     result, verdict, _ = run(
@@ -199,6 +201,7 @@ def test_if_nothing_is_accepted_the_first_candidate_stays_and_every_attempt_is_n
     assert report.count(">per_layer-0<") == 1
 
 
+@pytest.mark.slow
 def test_a_model_rejected_for_its_speed_is_not_tried_again(checkpoints, image_folder, store, tmp_path):
     result, _, notes = run(
         checkpoints, image_folder, store, tmp_path, min_speedup_fp32=1000.0,

@@ -196,6 +196,7 @@ def test_an_adaptive_run_reports_the_images_each_layer_needed_and_keeps_those_us
     assert [len(draw) for draw in record["draws"]["indices"]] == [trial.images for trial in verdict.calibration]
 
 
+@pytest.mark.slow
 def test_a_run_whose_layers_stay_loose_says_which(checkpoint, image_folder, tmp_path):
     calibration = {"images": 40, "trials": 1, "methods": ["percentile"], "tolerance_percent": 0.01}
     quantize_model(config_of(checkpoint, image_folder, tmp_path, calibration=calibration))
