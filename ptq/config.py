@@ -369,33 +369,19 @@ class GateConfig(_Section):
         1.0, ge=-100, le=100, description="Largest accuracy drop accepted, in percentage points."
     )
     min_speedup_fp32: float = Field(
-        1.0,
-        ge=0,
-        le=1000,
-        description="Least speed-up over FP32 accepted, as a ratio of median latencies, at any batch size.",
+        1.0, ge=0, le=1000, description="Least ratio of FP32's median latency to INT8's, at every batch size."
     )
     min_speedup_fp16: float = Field(
-        0.0,
-        ge=0,
-        le=1000,
-        description="Least speed-up over FP16 or BF16 accepted, as a ratio of median latencies; 0: not asked.",
+        0.0, ge=0, le=1000, description="The same ratio for the faster of FP16 and BF16; 0: not asked."
     )
     max_regression_pp: float = Field(
-        1.0,
-        ge=0,
-        le=100,
-        description="Largest loss of top-1 against the version in service, in percentage points; 100: any.",
+        1.0, ge=0, le=100, description="Largest loss of top-1 against the version in service, in pp; 100: any."
     )
     max_slowdown: float = Field(
-        1.1,
-        ge=0.1,
-        le=1000,
-        description="Largest ratio of the median latency to that of the version in service, at any batch size.",
+        1.1, ge=0.1, le=1000, description="Largest ratio of the median latency to that of the version in service."
     )
     isas: tuple[Literal["native"] | Isa, ...] = Field(
-        (),
-        description="Instruction sets under which the accuracy drop must hold too, such as avx2; OpenVINO only, each "
-        "in a process of its own.",
+        (), description="Instruction sets under which the drop must hold too, such as avx2; OpenVINO only."
     )
     publish_inconclusive: bool = Field(
         False,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from ptq.report.cells import fixed, interval_text, ratio_text, with_unit
 from ptq.report.charts import latency_bars_png, report_box_plot_png
+from ptq.report.engine_tables import engines_table, int8_table, isas_tables, parity_table
 from ptq.report.inputs import (
     ReportInputs,
     class_name,
@@ -23,14 +24,10 @@ from ptq.report.run_tables import (
     checks_table,
     comparison_table,
     confused_table,
-    engines_table,
     findings_tables,
     flipped_table,
-    int8_table,
-    isas_tables,
     latency_table,
     lengths_table,
-    parity_table,
     per_class_table,
     placement_table,
     provenance_tables,

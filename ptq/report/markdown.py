@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from ptq.report.cells import Table
 from ptq.report.charts import report_box_plot_png
+from ptq.report.engine_tables import int8_table, isas_tables, parity_table
 from ptq.report.inputs import LAYERS_IN_A_SENTENCE, ReportInputs, run_warnings, slow_sentences, verdict_sentence
 from ptq.report.page_parts import data_uri
 from ptq.report.run_tables import (
@@ -16,11 +17,8 @@ from ptq.report.run_tables import (
     comparison_table,
     findings_tables,
     flipped_table,
-    int8_table,
-    isas_tables,
     latency_table,
     lengths_table,
-    parity_table,
     placement_table,
     provenance_tables,
     spreads_table,
