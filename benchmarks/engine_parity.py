@@ -83,8 +83,8 @@ def main() -> None:
     networks: dict[str, Any] = {}
     for name in options.networks:
         with tempfile.TemporaryDirectory() as directory:
-            options.directory = Path(directory)
-            networks[name] = compared(Network(name, options))
+            settings = argparse.Namespace(**vars(options), directory=Path(directory))
+            networks[name] = compared(Network(name, settings))
         for kind in ("portable", "native"):
             item = networks[name][kind]
             engine, file, parting = item["engine"]["sqnr_db"], item["file"]["sqnr_db"], item["parting"]
