@@ -1,5 +1,8 @@
 """Which tables tell a person what the engine really runs, and whether it computes what the file says?"""
 
+from collections.abc import Sequence
+
+from ptq.records.verdict import VerdictIsa
 from ptq.report.cells import PRECISIONS, Table, fixed, size_text
 from ptq.report.inputs import ReportInputs, int8_engines
 
@@ -21,8 +24,8 @@ def int8_table(inputs: ReportInputs) -> Table:
     return Table("What the INT8 engine really runs", columns, rows)
 
 
-def isas_tables(inputs: ReportInputs) -> tuple[Table, ...]:
-    """Returns INT8 under the instruction sets that the gate asks for; no table where it asks for none."""
+def isas_table(found: Sequence[VerdictIsa]) -> Table:
+    """Returns INT8 on the test split under each instruction set that the gate asks for."""
     rows = tuple(
         (
             item.isa,
@@ -31,11 +34,15 @@ def isas_tables(inputs: ReportInputs) -> tuple[Table, ...]:
             fixed(item.sqnr_db, 1),
             fixed(item.median_ms, 2),
         )
-        for item in inputs.verdict.isas
+        for item in found
     )
     columns = ("Instruction set", "Top-1, %", "Drop, pp", "SQNR, dB", "Median at batch 1, ms")
-    title = f"INT8 under each instruction set, {inputs.selection.test_split} images"
-    return (Table(title, columns, rows),) if rows else ()
+    return Table("INT8 under each instruction set", columns, rows)
+
+
+def isas_tables(inputs: ReportInputs) -> tuple[Table, ...]:
+    """Returns that table for a report; none where the gate asks for no instruction set."""
+    return (isas_table(inputs.verdict.isas),) if inputs.verdict.isas else ()
 
 
 def parity_table(inputs: ReportInputs) -> Table:

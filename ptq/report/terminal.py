@@ -11,8 +11,9 @@ from ptq.evaluation.benchmark import FileMeasurement
 from ptq.evaluation.predictions import ClassMetrics
 from ptq.records.evaluation import IsaEvaluation, SplitMetrics
 from ptq.records.graph import GraphChecks, GraphFinding
-from ptq.records.verdict import Verdict, VerdictIsa, VerdictMeasurement, VerdictParity, VerdictPublished
+from ptq.records.verdict import Verdict, VerdictMeasurement, VerdictParity, VerdictPublished
 from ptq.report.cells import Table, fixed, interval_text, percent_change, probability
+from ptq.report.engine_tables import isas_table
 from ptq.storage.garbage import Collection
 from ptq.wording import first_names
 
@@ -24,7 +25,7 @@ def tables_of_verdict(verdict: Verdict) -> tuple[Table, ...]:
     """Returns what a person wants at the end of a run: accuracy, every candidate, speed, what ran in INT8."""
     in_service = (_in_service(verdict.in_service),) if verdict.in_service else ()
     parity = (_parity(verdict.parity),) if verdict.parity else ()
-    isas = (_isas(verdict.isas),) if verdict.isas else ()
+    isas = (isas_table(verdict.isas),) if verdict.isas else ()
     return _accuracy(verdict), _trials(verdict), _latency(verdict), *isas, *parity, *in_service
 
 
@@ -143,21 +144,6 @@ def table_of_isas(found: Sequence[IsaEvaluation]) -> Table:
     columns = ("Instruction set", "Top-1, %", "SQNR, dB", "Same top-1, %", "Median at batch 1, ms")
     note = "SQNR and same top-1 refer to the same file, computed in float by ONNX Runtime."
     return Table("OpenVINO under each instruction set", columns, rows, note)
-
-
-def _isas(found: Sequence[VerdictIsa]) -> Table:
-    rows = tuple(
-        (
-            item.isa,
-            fixed(item.top1_percent, 2),
-            fixed(item.drop_pp, 2, sign=True),
-            fixed(item.sqnr_db, 1),
-            fixed(item.median_ms, 2),
-        )
-        for item in found
-    )
-    columns = ("Instruction set", "Top-1, %", "Drop, pp", "SQNR, dB", "Median at batch 1, ms")
-    return Table("INT8 under each instruction set", columns, rows)
 
 
 def _parity(found: VerdictParity) -> Table:

@@ -40,7 +40,7 @@ SPREAD = ("collect_shard", "compute_amax", "evaluate")
 TIMED = {"run_id", "config_sha256", "benchmark", "gate", "red_flags", "files", "stage_seconds"}
 RUNNING = TaskRunFilterState(name=TaskRunFilterStateName(any_=["Running"]))
 
-pytestmark = [pytest.mark.usefixtures("prefect_backend"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("recorded_task_runs"), pytest.mark.slow]
 
 
 class Cluster:
