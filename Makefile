@@ -1,11 +1,11 @@
 # make demo   the whole job on real images, set-up included
-# make test   lint, types, tests and their coverage, set-up included; make test-slow the tests that wait for time-outs
+# make test   lint, types, tests and their coverage, set-up included; make test-slow the longer tests
 # make serve  a Prefect server, a worker and every deployment on this machine, in the background; make stop ends them
 # make dask   a Dask cluster on this machine, to try `runner: {name: dask}`; Ctrl-C ends it
 
 PYTHON ?= python3
 BIN := .venv/bin
-PROCESSES ?= 2
+PROCESSES ?= 3
 # Dozens of processes import the same libraries: each module is compiled once, not by every one of them.
 export PYTHONDONTWRITEBYTECODE :=
 
@@ -27,7 +27,8 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Two processes, each with a Prefect server and S3 servers of its own; `make test PROCESSES=4` on a larger machine.
+# One process more than there are cores, since some tests wait. Each has a Prefect server and S3 servers of its own; `make
+# test PROCESSES=5` on four cores.
 test: lint
 	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder --cov --cov-report=
 	$(BIN)/python -m tests.support.coverage_by_room

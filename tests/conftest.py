@@ -13,6 +13,7 @@ import hypothesis
 import numpy as np
 import pytest
 import s3_servers
+import torch
 from PIL import Image
 
 import ptq.engines.openvino  # noqa: F401 - a test that imports OpenVINO itself first would have it send telemetry
@@ -32,16 +33,31 @@ os.environ["PTQ_LOCK_DIR"] = _LOCKS.name
 os.environ.setdefault("PREFECT_SERVER_SERVICES_EVENT_PERSISTER_FLUSH_INTERVAL", "0.5")
 
 
+# What they run beside Prefect is run by the tests of the rooms as well.
+_UNTRACED = {"test_invalidation", "test_layers", "test_onnx_view", "test_run_fuzz", "test_deterministic_graphs"}
+# Tests that both kinds of servers must pass in every run; the others see the second one in `make test-slow`.
+_ON_BOTH_SERVERS = {"test_s3_bucket"}
+
+
 def pytest_itemcollected(item):
     """Coverage is that of the other tests: to trace Prefect through whole flows takes a third of their time more."""
-    if item.path.parent.name in ("flows", "deployments"):
+    if item.path.parent.name in ("flows", "deployments") or item.path.stem in _UNTRACED:
         item.add_marker("no_cover")
+    is_on_second = hasattr(item, "callspec") and "rclone" in item.callspec.params.values()
+    if is_on_second and item.path.stem not in _ON_BOTH_SERVERS:
+        item.add_marker("slow")
 
 
 def pytest_collection_finish(session):
     """What the imports made stays: the garbage collector need not look through it again and again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """The weights that a test draws are the same every time."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -88,6 +88,7 @@ def keys_of(config, done, stage):
     return {path.stem for path in (Path(config["output"]["store"]) / "stages" / stage).glob("*.json")}
 
 
+@pytest.mark.slow
 def test_a_module_edited_during_a_run_leaves_nothing_under_the_new_codes_key(config, run):
     # In use already: what runs is what the run began with, and so is the key.
     edit = ("ptq/calibration/amax_tables.py", "names = observed_names(plan)", "names = list(observed_names(plan))")

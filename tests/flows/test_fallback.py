@@ -123,6 +123,7 @@ def test_an_attempt_exists_for_the_chosen_trial_alone(checkpoints, image_folder,
     assert sorted(trials.rows[1]) == ["100.00 *", "max_float1", "n/a"]
 
 
+@pytest.mark.slow
 def test_a_run_with_a_fallback_is_cached_like_any_other(checkpoints, image_folder, store, tmp_path):
     run(checkpoints, image_folder, store, tmp_path, fallback={"float_layers": 3})
     _, _, notes = run(checkpoints, image_folder, store, tmp_path, fallback={"float_layers": 3})
@@ -182,6 +183,7 @@ def test_weights_changed_by_qat_are_judged_delivered_and_named(checkpoints, imag
     assert verdict.files["weights_qat.safetensors"].size_bytes == (tmp_path / "weights_qat.safetensors").stat().st_size
 
 
+@pytest.mark.slow
 def test_if_nothing_is_accepted_the_first_candidate_stays_and_every_attempt_is_named(
     checkpoints, image_folder, store, tmp_path
 ):

@@ -127,6 +127,7 @@ def test_only_what_changed_in_the_bucket_is_read_and_computed_again(bucket, work
     assert work == {"read": [], "decoded": []}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_same_size_with_other_weights_is_noticed(bucket, work, image_folder, tmp_path):
     config = config_in(tmp_path, f"file://{tmp_path / 'store'}", image_folder)
     size = (tmp_path / "small.pth").stat().st_size

@@ -52,6 +52,7 @@ def imported_without(absent, *modules):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_an_installation_without_the_optional_dependencies_imports_what_everybody_needs():
     done = imported_without(
         ABSENT, "flows.cli", "flows.quantize_model", "flows.watch_checkpoints", "deployments.bootstrap"

@@ -5,7 +5,7 @@ import json
 import shutil
 import sys
 import uuid
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import networks
@@ -21,6 +21,7 @@ from ptq.storage.store import open_store
 from tasks.runtime import code_digest
 from tasks.runtime.code_digest import NOT_COUNTED, SourceTree
 
+slow = partial(pytest.param, marks=pytest.mark.slow)
 ROOT = Path(__file__).parents[2]
 STAGES = {
     (f"tasks.stages.{path.stem}", node.name)
@@ -207,11 +208,15 @@ NO_NUMBERS = {
 
 
 @cache
-def nodes_of(*packages):
-    paths = [path for package in packages for path in sorted((ROOT / package).rglob("*.py"))]
+def nodes_of(package):
+    paths = sorted((ROOT / package).rglob("*.py"))
     return [
         (path.relative_to(ROOT).as_posix(), node) for path in paths for node in ast.walk(ast.parse(path.read_text()))
     ]
+
+
+def all_nodes():
+    return [*nodes_of("ptq"), *nodes_of("tasks")]
 
 
 def test_every_library_that_computes_is_part_of_the_key():
@@ -228,7 +233,7 @@ def test_every_library_that_computes_is_part_of_the_key():
 def test_no_other_module_imports_by_a_name_that_cannot_be_read():
     found = {
         file
-        for file, node in nodes_of("ptq", "tasks")
+        for file, node in all_nodes()
         if isinstance(node, ast.Call)
         and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__")
         and not isinstance(node.args[0], ast.Constant)
@@ -237,8 +242,8 @@ def test_no_other_module_imports_by_a_name_that_cannot_be_read():
 
 
 def test_no_class_registers_its_subclasses():
-    assert [file for file, node in nodes_of("ptq", "tasks") if getattr(node, "name", "") == "__init_subclass__"] == []
-    assert [file for file, node in nodes_of("ptq", "tasks") if getattr(node, "arg", "") == "metaclass"] == []
+    assert [file for file, node in all_nodes() if getattr(node, "name", "") == "__init_subclass__"] == []
+    assert [file for file, node in all_nodes() if getattr(node, "arg", "") == "metaclass"] == []
 
 
 def test_what_is_not_counted_exists():
@@ -300,15 +305,13 @@ def changed(config, field, value):
     [
         ("calibration.percentiles", [90.0], DOWN_FROM_AMAX),
         ("calibration.seed", 7, {"draw_calibration_images", *DOWN_FROM_DRAWS}),
-        ("calibration.bins", 1024, {"collect_statistics", *DOWN_FROM_AMAX}),
         ("gate.max_drop_pp", 99.0, {"decide"}),
-        ("benchmark.duration_s", 0.03, {"benchmark", "decide"}),
-        ("benchmark.batch_sizes", [2], {"build_engine", "benchmark", "decide"}),
-        ("quantization.skip_layers", ["block1.conv1"], {"prepare_model", *DOWN_FROM_DRAWS}),
-        ("quantization.weight_method", "mse", {
-            *EXPORTED, "correct_biases", *DOWN_FROM_AMAX,
-        }),
-        ("data.preprocessing.mean", (0.5, 0.5, 0.5), {"evaluate_baseline", *DOWN_FROM_DRAWS}),
+        ("quantization.weight_method", "mse", {*EXPORTED, "correct_biases", *DOWN_FROM_AMAX}),
+        slow("calibration.bins", 1024, {"collect_statistics", *DOWN_FROM_AMAX}),
+        slow("benchmark.duration_s", 0.03, {"benchmark", "decide"}),
+        slow("benchmark.batch_sizes", [2], {"build_engine", "benchmark", "decide"}),
+        slow("quantization.skip_layers", ["block1.conv1"], {"prepare_model", *DOWN_FROM_DRAWS}),
+        slow("data.preprocessing.mean", (0.5, 0.5, 0.5), {"evaluate_baseline", *DOWN_FROM_DRAWS}),
     ],
 )  # fmt: skip
 def test_a_setting_repeats_the_stages_that_use_it(base, tmp_path, monkeypatch, field, value, expected):

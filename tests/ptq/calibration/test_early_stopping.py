@@ -90,7 +90,7 @@ def test_every_method_but_max_must_be_tight():
     assert together.length.images == max(trial.length.images for trial in alone)
 
 
-@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_number_of_workers_changes_neither_the_images_nor_a_bit(workers):
     draws = [ORDER, ORDER[::-1]]
     expected = adaptive(draws, tolerance_percent=12, methods=METHODS)

@@ -48,7 +48,7 @@ def test_a_vision_transformer_computes_the_same_logits_with_explicit_projections
 
 
 # 64 pixels: every window covers the picture. 112: windows are shifted and masked. 100: the picture is padded.
-@pytest.mark.parametrize("side", [64, 100, 112])
+@pytest.mark.parametrize("side", [100, *(pytest.param(side, marks=pytest.mark.slow) for side in (64, 112))])
 def test_a_swin_transformer_computes_the_same_logits_with_explicit_projections(swin, side):
     folded = fold_model(swin, input_shape=(3, side, side))
     assert folded.traced

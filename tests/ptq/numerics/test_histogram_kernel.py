@@ -162,6 +162,7 @@ raise SystemExit(0 if (histograms.counts == expected.counts).all() else 1)
 """
 
 
+@pytest.mark.slow
 def test_a_processor_without_vector_compression_counts_the_same(tmp_path):
     environment = {
         **os.environ,

@@ -82,7 +82,7 @@ def factors_of(before, after):
 @pytest.mark.parametrize(
     ("network", "size"),
     [(networks.small_resnet, 24), (ZeroPadded, 24), (Gate, 24), (Fire, 24), (Joined, 24),
-     (lambda: create_model("mobilenet_v2", num_classes=4, channels=3), 64)],
+     pytest.param(lambda: create_model("mobilenet_v2", num_classes=4, channels=3), 64, marks=pytest.mark.slow)],
     ids=["resnet", "zero padded", "gate", "fire", "joined", "mobilenet_v2"],
 )  # fmt: skip
 def test_every_weight_gets_the_factor_of_the_pytorch_way(tmp_path, network, size):

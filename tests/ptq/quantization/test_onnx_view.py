@@ -234,8 +234,8 @@ def test_networks_with_layer_norms_have_the_quantizers_of_the_pytorch_way(tmp_pa
 
 @pytest.mark.parametrize(
     "name",
-    ["mobilenet_v2", "squeezenet1_1",
-     *(pytest.param(name, marks=pytest.mark.slow) for name in ("mobilenet_v3_small", "resnet18", "regnet_y_400mf"))],
+    ["squeezenet1_1", *(pytest.param(name, marks=pytest.mark.slow)
+                        for name in ("mobilenet_v2", "mobilenet_v3_small", "resnet18", "regnet_y_400mf"))],
 )  # fmt: skip
 def test_torchvisions_networks_have_the_quantizers_of_the_pytorch_way(tmp_path, name):
     model = create_model(name, num_classes=4, channels=3)
