@@ -62,7 +62,7 @@ def judge(
     graphs = [write_graph(model, template, best, dialect, run=run) for dialect in run.dialects]
     checks = [validate_graph(model, graph, run=run) for graph in graphs]
     chosen = next(each for each in candidates if each.candidate == selection.candidate)
-    parity = compare_with_file(graphs[0], chosen, judged.baseline, judged.images, run=run)
+    parity = compare_with_file(graphs[0], model, best, chosen, judged.baseline, judged.images, run=run)
     engines = [
         _built(graphs[0].onnx if precision == "int8" else judged.loaded.fp32_onnx, precision, batch_size, run)
         for batch_size in run.config.benchmark.batch_sizes

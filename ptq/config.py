@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Method = Literal["max", "percentile", "mse", "entropy"]
-Dialect = Literal["cpu", "tensorrt"]
+Dialect = Literal["cpu", "onnxruntime", "tensorrt"]
 EngineName = Literal["auto", "openvino", "tensorrt", "onnxruntime"]
 WeightMethod = Literal["max", "mse"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
@@ -228,7 +228,7 @@ class QuantizationConfig(_Section):
 
     def dialects_for(self, engine: str) -> tuple[Dialect, ...]:
         """Returns the dialects to write, the evaluated one first: the engine's own where it is asked for."""
-        own: Dialect = "tensorrt" if engine == "tensorrt" else "cpu"
+        own: Dialect = "onnxruntime" if engine == "onnxruntime" else "tensorrt" if engine == "tensorrt" else "cpu"
         asked = tuple(dict.fromkeys(self.dialects)) or (own,)
         return tuple(sorted(asked, key=lambda dialect: dialect != own))
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from ptq.checks.subject import Found, Subject, brief, check, computes_on_integers
 from ptq.graph.nodes import Node, label, same_numbers, scale_of, zero_point_of
+from ptq.graph.operations import CONVOLUTIONS
 
 _NODES_LISTED = 5
 
@@ -12,7 +13,7 @@ _NODES_LISTED = 5
 @check("residual-add", "error", "Quantize the identity or downsample branch, and that one alone.", on_cpu="warning")
 def _residual_add(subject: Subject) -> Found:
     for add in subject.graph.residual_adds():
-        if subject.is_allowed(add.node):
+        if subject.is_allowed(add.node) or subject.dialect == "onnxruntime":
             continue
         if all(add.quantized):
             yield add.node, "Both operands of this residual add are quantized, which parts it from its convolution."
@@ -20,6 +21,29 @@ def _residual_add(subject: Subject) -> Found:
             yield add.node, "Neither operand of this residual add is quantized, so that it runs in float."
         elif not all(add.from_conv) and add.from_conv == add.quantized:
             yield add.node, "This residual add has the convolution's branch quantized, and the identity branch bare."
+
+
+@check("whole-operator", "error", "Write the file in the dialect onnxruntime: `--dialect onnxruntime`.")
+def _whole_operator(subject: Subject) -> Found:
+    graph = subject.graph
+    if subject.dialect != "onnxruntime":
+        return
+    written = [layer.node for layer in graph.layers if layer.node.op in CONVOLUTIONS and graph.is_quantized(layer)]
+    for add in graph.residual_adds():
+        if not all(add.quantized) and not subject.is_allowed(add.node):
+            yield add.node, "An operand of this residual add is bare, so that ONNX Runtime adds in float."
+        written += [add.node]
+    for node in written:
+        last = _behind_clip(node)
+        is_output = any(tensor.name in graph.output_names for tensor in last.outputs)
+        if not is_output and not graph.is_only_quantized(last) and not subject.is_allowed(node):
+            yield node, f"What this {node.op} writes is read without a Q, so that ONNX Runtime runs it in float."
+
+
+def _behind_clip(node: Node) -> Node:
+    """The node, or the clip behind it that a Q stands for as well as for a ReLU."""
+    readers = [reader for tensor in node.outputs for reader in tensor.outputs]
+    return readers[0] if len(readers) == 1 and readers[0].op == "Clip" else node
 
 
 def _readers_of_one_tensor(subject: Subject) -> Iterator[list[Node]]:

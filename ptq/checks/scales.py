@@ -68,7 +68,7 @@ def _scale_ratio(subject: Subject) -> Found:
 @check("zero-point-present", "error", "Add a zero point of 0 with the type of the dialect.")
 def _zero_point_present(subject: Subject) -> Found:
     for node in subject.graph.quantizes + subject.graph.dequantizes:
-        if input_at(node, 2) is None:
+        if input_at(node, 2) is None and not subject.is_quantized_bias(node):
             yield node, f"This {node.op} has no zero point, and so the type uint8 by default; expected an explicit 0."
 
 
@@ -76,7 +76,8 @@ def _zero_point_present(subject: Subject) -> Found:
 def _zero_point_zero(subject: Subject) -> Found:
     for node in subject.graph.scaled():
         values = zero_point_of(node)
-        if values is not None and values.astype(np.int64).any():
+        is_centre = subject.dialect == "onnxruntime" and values is not None and values.dtype == np.uint8
+        if values is not None and values.any() and not (is_centre and (values == 128).all()):
             yield node, f"The zero point is {brief(values)}; expected 0, the scheme is symmetric."
 
 
@@ -86,7 +87,7 @@ def _zero_point_type(subject: Subject) -> Found:
         values = zero_point_of(node)
         if values is None or subject.is_quantized_bias(node):
             continue
-        may_be_uint8 = subject.dialect == "cpu" and node.op == QUANTIZE and subject.graph.is_activation(node)
+        may_be_uint8 = subject.dialect != "tensorrt" and node.op == QUANTIZE and subject.graph.is_activation(node)
         if values.dtype != np.int8 and not (may_be_uint8 and values.dtype == np.uint8):
             expected = "int8 or uint8" if may_be_uint8 else "int8"
             yield node, f"The zero point is {values.dtype}; expected {expected} here in the {subject.dialect} dialect."
@@ -99,7 +100,7 @@ def _uint8_never_negative(subject: Subject) -> Found:
         if (
             values is None
             or values.dtype != np.uint8
-            or subject.dialect != "cpu"
+            or subject.dialect == "tensorrt"
             or values.any()  # with another zero point uint8 reaches below zero; `zero-point-zero` reports it
             or not subject.graph.is_activation(node)
         ):
@@ -112,7 +113,7 @@ def _uint8_never_negative(subject: Subject) -> Found:
 
 def _feeds_depthwise_alone(subject: Subject, node: Node) -> bool:
     """Whether CPU engines can take one scale per channel here: each reader convolves every channel by itself."""
-    if subject.dialect != "cpu":
+    if subject.dialect == "tensorrt":
         return False
     layers = {id(layer.node): layer for layer in subject.graph.layers}
     pairs = [reader for tensor in node.outputs for reader in tensor.outputs]

@@ -62,8 +62,8 @@ Found = Iterator[tuple[Node | None, str]]
 class Check:
     """One rule. `find` yields the node at fault, None for the whole graph, and what was found there.
 
-    `on_cpu` is the severity in the cpu dialect, where engines run what TensorRT refuses or runs slowly; None where it
-    is the same. A check that `needs_qdq` leaves a file without quantization alone.
+    `on_cpu` is the severity in the dialects of CPUs, where engines run what TensorRT refuses or runs slowly; None where
+    it is the same. A check that `needs_qdq` leaves a file without quantization alone.
     """
 
     identifier: str
@@ -75,7 +75,7 @@ class Check:
 
     def severity_in(self, dialect: Dialect) -> Severity:
         """Returns how serious a finding is in a dialect."""
-        return self.on_cpu if dialect == "cpu" and self.on_cpu is not None else self.severity
+        return self.on_cpu if dialect != "tensorrt" and self.on_cpu is not None else self.severity
 
 
 def check(
@@ -126,7 +126,7 @@ def read_subject(
     return Subject(
         model=model,
         graph=graph,
-        dialect=dialect or _infer_dialect(graph),
+        dialect=dialect or _infer_dialect(model, graph),
         allowed=allowed,
         input_shape=input_shape,
         num_classes=num_classes,
@@ -204,6 +204,9 @@ def _first_line(error: Exception) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
-def _infer_dialect(graph: QdqGraph) -> Dialect:
+def _infer_dialect(model: onnx.ModelProto, graph: QdqGraph) -> Dialect:
     zero_points = (zero_point_of(node) for node in graph.quantizes if graph.is_activation(node))
-    return "cpu" if any(values is not None and values.dtype == np.uint8 for values in zero_points) else "tensorrt"
+    if not any(values is not None and values.dtype == np.uint8 for values in zero_points):
+        return "tensorrt"
+    says = {entry.key: entry.value for entry in model.metadata_props}
+    return "onnxruntime" if says.get("ptq.dialect") == "onnxruntime" else "cpu"

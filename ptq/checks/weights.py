@@ -8,7 +8,7 @@ from ptq.checks.subject import Found, Subject, check, dead_channels
 from ptq.graph.nodes import better_axis, channel_ratios, label, scale_of
 from ptq.graph.pair_sums import outputs_first
 from ptq.graph.qdq_graph import Weight
-from ptq.numerics.saturation import LARGEST_INPUT, LARGEST_SUM, largest_sums
+from ptq.numerics.saturation import LARGEST_INPUT, LARGEST_SUM, largest_sums, runtimes_of
 
 _SATURATED_SHARE = 0.01
 _RATIO_BOUNDS = (0.3, 3.0)
@@ -108,7 +108,7 @@ def _weight_saturation(subject: Subject) -> Found:
 
 @check("weight-pair-sums", "warning", "Quantize with `--isa portable`, or run on processors with VNNI alone.")
 def _weight_pair_sums(subject: Subject) -> Found:
-    for weight, step, _ in _fitting_steps(subject) if subject.dialect == "cpu" else ():
+    for weight, step, _ in _fitting_steps(subject) if subject.dialect != "tensorrt" else ():
         node, values = weight.layer.node, weight.values
         groups = node.attrs.get("group", 1)
         is_regular = (
@@ -121,7 +121,9 @@ def _weight_pair_sums(subject: Subject) -> Found:
             continue
         turned = outputs_first(values.astype(np.float32), weight.axis, node.op, groups)
         factors = np.full(turned.shape[1] * groups, LARGEST_INPUT)
-        sums = largest_sums(turned, np.tile(step.ravel(), len(turned) // step.size), factors, groups=groups)
+        scales = np.tile(step.ravel(), len(turned) // step.size)
+        runtimes = runtimes_of([subject.dialect])
+        sums = largest_sums(turned, scales, factors, groups=groups, runtimes=runtimes)
         if sums.max(initial=0) > LARGEST_SUM:
             yield (
                 weight.node,

@@ -12,7 +12,7 @@ from ptq.config import ENGINES
 from ptq.engines.base import ActivationReader, Engine, int8_share
 from ptq.errors import EngineBuildError, UsageError
 
-__all__ = ["int8_share", "open_activation_readers", "open_engine"]
+__all__ = ["int8_share", "open_activation_readers", "open_engine", "open_reference"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,17 @@ def open_engine(name: str, *, threads: int, timing_cache: bytes = b"") -> Engine
     from ptq.engines.openvino import OpenVinoEngine
 
     return OpenVinoEngine(threads=threads or _count_usable_cores())
+
+
+def open_reference(*, threads: int) -> Engine:
+    """Returns the numerical reference: ONNX Runtime, which runs an INT8 graph in float, by the letter of ONNX.
+
+    Args:
+        threads: CPU threads of an inference; 0 for all cores this process may use.
+    """
+    from ptq.engines.onnxruntime import OnnxRuntimeEngine
+
+    return OnnxRuntimeEngine(threads=threads or _count_usable_cores(), by_the_letter=True)
 
 
 def open_activation_readers(observed: Path, *, workers: int) -> list[ActivationReader]:

@@ -73,14 +73,19 @@ def adds_in_16_bits(isa: str) -> bool:
     return isa in _WITHOUT_VNNI
 
 
-def play_isa(name: str) -> None:
+def play_isa(name: str, *, engine: str = "openvino") -> None:
     """Limits the kernels of this process to an instruction set. OpenVINO reads the limit once, when it first runs.
 
     Raises:
-        UsageError: there is no instruction set of that name.
+        UsageError: there is no instruction set of that name, or the engine knows no limit.
         EngineBuildError: this processor lacks it, or OpenVINO runs in this process already, with another.
     """
     require_isa(name)
+    if engine not in ("auto", "openvino"):
+        raise UsageError(
+            f"engine.isa is {name}, and engine {engine} uses whatever the processor has. Expected portable or native; "
+            "take `--engine openvino` to limit the instruction set."
+        )
     if name == current_isa():
         return
     if "openvino" in sys.modules:
@@ -119,6 +124,16 @@ def require_isa(name: str) -> None:
             f"This processor has no {name}; it has {', '.join(playable) or platform.machine()}. Take one of these, or "
             "run on a machine that has it."
         )
+
+
+def processor_name() -> str:
+    """Returns the processor's own name where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _processor_features() -> frozenset[str]:

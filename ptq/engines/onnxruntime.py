@@ -1,18 +1,25 @@
-"""What does the graph compute, by the letter of ONNX?
+"""What does ONNX Runtime compute, as an engine and by the letter of ONNX?
 
-The only importer of `onnxruntime`. It runs on the CPU and is the numerical reference, in INT8 with every
-optimisation off, so that each Q and DQ happens where the graph has it. Such a graph runs in float: its
-latency is no INT8 latency. The blob is the ONNX file itself.
+The only importer of `onnxruntime`, which runs on the CPU here. As an engine it optimises the graph: DQ -> operator -> Q
+becomes one operator on integers, where the graph has the quantizers of the dialect `onnxruntime`. As the numerical
+reference it optimises no INT8 graph, so that each Q and DQ happens where the graph has it, in float. The blob is the
+ONNX file itself.
 """
 
+import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 
 from ptq.config import Precision
 from ptq.engines.base import (
+    CONVOLUTION,
+    LINEAR,
+    REFORMAT,
     BuiltEngine,
     Float32Array,
     FloatRemainder,
@@ -22,38 +29,72 @@ from ptq.engines.base import (
     require_classifier,
     time_calls,
 )
+from ptq.engines.isa import playable_isas, processor_name
 from ptq.errors import EngineBuildError
-from ptq.records.graph import EngineIdentity
+from ptq.records.graph import EngineIdentity, LayerReport
 
 _PROVIDER = "CPUExecutionProvider"
 _PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
 # Severities are 0 (verbose) to 4 (fatal). Warnings about graphs that are meant to be so say nothing here.
 _ERROR_SEVERITY = 3
+# Operators on integers, by the position of the zero points of what they read and write; those without write float.
+_INTEGER_KINDS = {
+    "QLinearConv": (CONVOLUTION, 2, 7),
+    "ConvInteger": (CONVOLUTION, 2, None),
+    "QLinearMatMul": (LINEAR, 2, 7),
+    "QGemm": (LINEAR, 2, 8),
+    "MatMulInteger": (LINEAR, 2, None),
+    "MatMulIntegerToFloat": (LINEAR, 4, None),
+    "DynamicQuantizeMatMul": (LINEAR, None, None),
+    "QLinearAdd": ("QLinearAdd", 2, 7),
+    "QLinearMul": ("QLinearMul", 2, 7),
+    "QLinearConcat": ("QLinearConcat", 4, 1),
+    "QLinearGlobalAveragePool": ("QLinearGlobalAveragePool", 2, 4),
+    "QLinearAveragePool": ("QLinearAveragePool", 2, 4),
+    "QLinearSigmoid": ("QLinearSigmoid", 2, 4),
+    "QLinearLeakyRelu": ("QLinearLeakyRelu", 2, 4),
+}
+_FLOAT_KINDS = {
+    **dict.fromkeys(("Conv", "FusedConv", "ConvTranspose", "NhwcFusedConv"), CONVOLUTION),
+    **dict.fromkeys(("Gemm", "FusedGemm", "MatMul", "FusedMatMul"), LINEAR),
+    **dict.fromkeys(("QuantizeLinear", "DequantizeLinear", "ReorderInput", "ReorderOutput"), REFORMAT),
+}
 # Other libraries open sessions too, onnx-graphsurgeon to fold constants: theirs are as quiet.
 onnxruntime.set_default_logger_severity(_ERROR_SEVERITY)
 
 
 class OnnxRuntimeEngine(OneBatchAtATime):
-    """ONNX Runtime on the CPU, with a fixed number of threads."""
+    """ONNX Runtime on the CPU, with a fixed number of threads.
 
-    def __init__(self, *, threads: int) -> None:
+    Args:
+        threads: of an inference.
+        by_the_letter: run an INT8 graph in float, every Q and DQ where it stands: the numerical reference.
+    """
+
+    def __init__(self, *, threads: int, by_the_letter: bool = False) -> None:
         self._threads = threads
+        self._by_the_letter = by_the_letter
 
     def identity(self) -> EngineIdentity:
-        """Returns ONNX Runtime's version; the device is the word CPU, its name does not change the numbers."""
-        return EngineIdentity(name="onnxruntime", version=onnxruntime.__version__, device="CPU", threads=self._threads)
+        """Returns ONNX Runtime's version, the processor's name and its instruction set, all of which it uses.
+
+        By the letter the numbers do not depend on the processor, and the device is the word CPU.
+        """
+        if self._by_the_letter:
+            return EngineIdentity("onnxruntime", onnxruntime.__version__, "CPU", self._threads)
+        isas = playable_isas()
+        return EngineIdentity(
+            "onnxruntime", onnxruntime.__version__, processor_name(), self._threads, isa=isas[-1] if isas else ""
+        )
 
     def precisions(self) -> tuple[Precision, ...]:
-        """Returns fp32 and int8, the latter for its numbers only."""
+        """Returns fp32 and int8."""
         return _PRECISIONS
 
     def build(
         self, onnx: Path, *, precision: Precision, batch_size: int, float_remainder: FloatRemainder
     ) -> BuiltEngine:
-        """Returns the file's bytes after a session took them; see `Engine.build`.
-
-        `layers` is empty: ONNX Runtime reports no types, and what it runs of a Q/DQ graph here is float.
-        """
+        """Returns the file's bytes after a session took them, and the operators of its graph; see `Engine.build`."""
         started = time.perf_counter()
         try:
             blob = onnx.read_bytes()
@@ -61,8 +102,11 @@ class OnnxRuntimeEngine(OneBatchAtATime):
             raise EngineBuildError(
                 f"ONNX Runtime cannot read {onnx}: {error.strerror}. Give the path of an ONNX file."
             ) from error
-        self._open(blob, precision, batch_size)
-        return BuiltEngine(blob, (), time.perf_counter() - started)
+        with tempfile.TemporaryDirectory() as directory:
+            optimised = Path(directory) / "optimised.onnx"
+            self._open(blob, precision, batch_size, optimised=optimised)
+            layers = report_layers(optimised)
+        return BuiltEngine(blob, layers, time.perf_counter() - started)
 
     def load(
         self, blob: bytes, *, precision: Precision, batch_size: int, float_remainder: FloatRemainder
@@ -70,7 +114,10 @@ class OnnxRuntimeEngine(OneBatchAtATime):
         """Returns a runner of an ONNX file's bytes; `float_remainder` has no effect."""
         return OnnxRuntimeRunner(self._open(blob, precision, batch_size), batch_size=batch_size)
 
-    def _open(self, blob: bytes, precision: Precision, batch_size: int) -> onnxruntime.InferenceSession:
+    def _open(
+        self, blob: bytes, precision: Precision, batch_size: int, *, optimised: Path | None = None
+    ) -> onnxruntime.InferenceSession:
+        """A session of a file; the graph that it runs is written to `optimised`."""
         if precision not in _PRECISIONS:
             raise EngineBuildError(
                 f"precision is {precision}, which ONNX Runtime does not run on a CPU. It runs "
@@ -81,7 +128,10 @@ class OnnxRuntimeEngine(OneBatchAtATime):
         options.inter_op_num_threads = 1
         options.log_severity_level = _ERROR_SEVERITY
         levels = onnxruntime.GraphOptimizationLevel
-        options.graph_optimization_level = levels.ORT_DISABLE_ALL if precision == "int8" else levels.ORT_ENABLE_ALL
+        is_plain = self._by_the_letter and precision == "int8"
+        options.graph_optimization_level = levels.ORT_DISABLE_ALL if is_plain else levels.ORT_ENABLE_ALL
+        if optimised is not None:
+            options.optimized_model_filepath = str(optimised)
         try:
             session = onnxruntime.InferenceSession(blob, options, providers=[_PROVIDER])
         # The library's exceptions share no base class but Exception.
@@ -95,6 +145,36 @@ class OnnxRuntimeEngine(OneBatchAtATime):
         if isinstance(inputs[0].shape[0], int):
             require_batch_size(inputs[0].shape[0], asked=batch_size)
         return session
+
+
+def report_layers(optimised: Path) -> tuple[LayerReport, ...]:
+    """Returns the operators of a graph that ONNX Runtime has optimised, and the types that they read and write.
+
+    What reads and writes no integers is `fp32`, whatever else it may be: pools and others that move numbers too.
+    """
+    model = onnx.load(optimised)
+    types = {
+        tensor.name: onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).name for tensor in model.graph.initializer
+    }
+    return tuple(_report(node, types) for node in model.graph.node)
+
+
+def _report(node: onnx.NodeProto, types: Mapping[str, str]) -> LayerReport:
+    def type_at(position: int | None) -> str:
+        return (
+            types.get(node.input[position], "int8") if position is not None and position < len(node.input) else "fp32"
+        )
+
+    name = node.name or node.output[0]
+    if node.op_type in _INTEGER_KINDS:
+        kind, read, written = _INTEGER_KINDS[node.op_type]
+        return LayerReport(name, kind, type_at(read), type_at(written), node.op_type)
+    kind = _FLOAT_KINDS.get(node.op_type, node.op_type)
+    if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+        integers = types.get(node.input[2] if len(node.input) > 2 else node.input[0], "int8")
+        pair = ("fp32", integers) if node.op_type == "QuantizeLinear" else (integers, "fp32")
+        return LayerReport(name, kind, *pair, node.op_type)
+    return LayerReport(name, kind, "fp32", "fp32", node.op_type)
 
 
 class OnnxRuntimeRunner:

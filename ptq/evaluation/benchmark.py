@@ -17,6 +17,8 @@ import psutil
 from ptq.config import Precision
 from ptq.engines import int8_share, open_engine, trtexec
 from ptq.engines.base import Engine, Runner, SeparatesTransfers
+from ptq.engines.isa import processor_name
+from ptq.errors import EngineBuildError
 from ptq.graph.summary import summarize_onnx
 from ptq.numerics.latency import (
     TimedCalls,
@@ -71,7 +73,7 @@ def measure_engines(
         rounds: rounds over which the engines are interleaved.
 
     Raises:
-        EngineBuildError: an engine cannot be loaded.
+        EngineBuildError: an engine cannot be loaded, or was built for another instruction set.
     """
     identity = engines[0].record.engine
     engine = open_engine(identity.name, threads=threads)
@@ -145,7 +147,7 @@ def measure_against(
     The other arguments are those of `measure_engines`; there are at least `LEAST_TURNS` rounds, warmed up once.
 
     Raises:
-        EngineBuildError: an engine cannot be loaded.
+        EngineBuildError: an engine cannot be loaded, or was built for another instruction set.
         ValueError: the two have engines of other batch sizes.
     """
     sizes = [{item.record.batch_size: item for item in items} for items in (new, published)]
@@ -198,6 +200,12 @@ def _with_transfers(
 
 
 def _loaded(engine: Engine, item: LoadedEngine, float_remainder: Literal["fp32", "bf16"]) -> Runner:
+    built_for = item.record.engine.isa
+    if built_for and built_for != engine.identity().isa:
+        raise EngineBuildError(
+            f"The engine {item.blob.name} was built for {built_for}, and kernels of this process use "
+            f"{engine.identity().isa}. Expected the same instruction set; build it again here from its ONNX file."
+        )
     return engine.load(
         item.blob.read_bytes(),
         precision=item.record.precision,
@@ -271,16 +279,6 @@ def measure_files(
 def machine_description() -> str:
     """Returns processor, cores and system of this machine in one line."""
     return f"{processor_name()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}"
-
-
-def processor_name() -> str:
-    """Returns the processor's own name where the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _clock_mhz() -> float | None:

@@ -130,7 +130,8 @@ def choose_methods(
         threads: CPU threads; 0 for all cores.
     """
     with torch_threads(threads):
-        network = _network(model, next(iter(tables.values())), dialect, weight_method)
+        plan = plan_from_file(model.plan)
+        network = _network(model, plan, next(iter(tables.values())), dialect, weight_method)
         found = quantizer_sqnr_db(network.fake_quant, network.plan, tables=tables, images=images)
     methods = best_methods(found)
     choices = tuple(QuantizerChoice(name, method, found[method][name]) for name, method in methods.items())
@@ -148,7 +149,7 @@ def rank_layers(
 ) -> tuple[LayerSensitivity, ...]:
     """Returns the quantized layers, the most sensitive first. See `choose_methods` for the arguments."""
     with torch_threads(threads):
-        network = _network(model, table, dialect, weight_method)
+        network = _network(model, plan_from_file(model.plan), table, dialect, weight_method)
         quantizers = quantizers_of_layers(network.folded.module, network.plan)
         found = layer_sqnr_db(network.fake_quant, network.plan, quantizers=quantizers, images=images)
     return tuple(LayerSensitivity(layer, found[layer]) for layer in most_sensitive(found))
@@ -177,7 +178,8 @@ def fine_tune_from_files(
     arguments.
     """
     with torch_threads(threads):
-        network = _network(model, table, dialect, "max")
+        plan = plan_from_file(model.plan).of_dialect(dialect)
+        network = _network(model, plan, table, dialect, "max")
         train = np.load(pixels, mmap_mode="r", allow_pickle=False), np.load(labels, allow_pickle=False)
         result = fine_tune_(
             network.fake_quant,
@@ -195,8 +197,9 @@ def fine_tune_from_files(
     return result
 
 
-def _network(model: ModelFiles, table: Mapping[str, float], dialect: Dialect, weight_method: WeightMethod) -> _Network:
-    plan = plan_from_file(model.plan)
+def _network(
+    model: ModelFiles, plan: PlacementPlan, table: Mapping[str, float], dialect: Dialect, weight_method: WeightMethod
+) -> _Network:
     original = create_model(model.name, num_classes=model.num_classes, channels=model.channels)
     state = safetensors.torch.load_file(model.weights)
     load_weights_(original, state, name=model.name, source=str(model.weights))

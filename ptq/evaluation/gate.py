@@ -95,6 +95,8 @@ def _parity_condition(parity: ParityRecord) -> _Condition:
             f"The engine computes what the INT8 file says: {engine:.1f} dB SQNR on {parity.images} images, and "
             f"{file:.1f} dB where the file is computed in float.",
         )
+    if parity.parting.in_file:
+        return _Condition(False, f"The INT8 file is not what was decided. {parity.parting.sentence}")
     return _Condition(
         False,
         f"The engine does not compute what the INT8 file says: {engine:.1f} dB SQNR on {parity.images} images against "

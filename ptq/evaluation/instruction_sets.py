@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Float
 
 from ptq.data.images import network_input
-from ptq.engines import open_engine
-from ptq.engines.base import FloatRemainder
+from ptq.engines import open_engine, open_reference
+from ptq.engines.base import Engine, FloatRemainder
 from ptq.engines.isa import current_isa, limited_environment, require_isa
 from ptq.errors import EngineBuildError
 from ptq.evaluation.evaluate import SplitImages, logits_of
@@ -73,7 +73,7 @@ def evaluate_under_isas(
         settings |= {"threads": threads, "float_remainder": float_remainder, "mean": list(mean), "std": list(std)}
         (folder / "settings.json").write_text(json.dumps(settings))
         if reference_logits is None:
-            reference_logits = _logits(folder, settings, engine="onnxruntime")
+            reference_logits = _logits(folder, settings, open_reference(threads=threads))
         for done, name in enumerate(isas, start=1):
             isa, median_ms = _run(folder, name)
             logits = np.load(folder / "logits.npy", allow_pickle=False)
@@ -99,11 +99,10 @@ def _run(folder: Path, name: str) -> tuple[str, float]:
     return str(found["isa"]), float(found["median_ms"])
 
 
-def _logits(folder: Path, settings: dict[str, object], *, engine: str) -> Float[np.ndarray, "n k"]:
+def _logits(folder: Path, settings: dict[str, object], engine: Engine) -> Float[np.ndarray, "n k"]:
     batch_size = cast("int", settings["batch_size"])
-    opened = open_engine(engine, threads=cast("int", settings["threads"]))
     (logits,) = logits_of(
-        lambda batches: opened.logits(
+        lambda batches: engine.logits(
             Path(str(settings["graph"])),
             batches,
             precision=cast('Literal["fp32", "int8"]', settings["precision"]),
@@ -121,9 +120,9 @@ def _logits(folder: Path, settings: dict[str, object], *, engine: str) -> Float[
 def _main(folder: Path) -> None:
     """What the process of one instruction set does."""
     settings = json.loads((folder / "settings.json").read_text())
-    np.save(folder / "logits.npy", _logits(folder, settings, engine="openvino"))
     options = {name: settings[name] for name in ("precision", "float_remainder")}
     engine = open_engine("openvino", threads=settings["threads"])
+    np.save(folder / "logits.npy", _logits(folder, settings, engine))
     first = np.load(folder / "pixels.npy", mmap_mode="r", allow_pickle=False)[:1]
     image = network_input(first, mean=settings["mean"], std=settings["std"])
     built = engine.build(Path(settings["graph"]), batch_size=1, **options)

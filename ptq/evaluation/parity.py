@@ -2,7 +2,8 @@
 
 Three models see the same images: FP32, the INT8 model on the engine, and its file as ONNX Runtime computes it in float
 with every Q and DQ where the file has it. Quantization moves the last two away from FP32, and by the same; what the
-engine loses beyond that is a fault of its kernels on this processor, or of how it fuses the graph.
+engine loses beyond that is a fault of its kernels on this processor, or of how it fuses the graph. Whether the file is
+what was decided is `graph.against_plan`'s question.
 """
 
 import tempfile
@@ -15,12 +16,13 @@ import onnx
 from jaxtyping import Float
 
 from ptq.config import Precision
-from ptq.engines import open_engine
+from ptq.engines import open_reference
 from ptq.engines.base import Engine, FloatRemainder
 from ptq.engines.isa import adds_in_16_bits
 from ptq.graph.pair_sums import integer_layer
 from ptq.graph.prefixes import Cut, beginning_of, cuts_of, without_quantizers
 from ptq.numerics.metrics import sqnr_db, top1_predictions
+from ptq.numerics.saturation import Runtime
 from ptq.records.parity import Cause, Likeness, ParityRecord, Parting
 
 # Images on which the three are compared, and those on which the layer is sought.
@@ -48,7 +50,7 @@ class _Runs:
     def in_float(
         self, graph: Path, images: Float[np.ndarray, "n c h w"], *, precision: Precision = "int8"
     ) -> np.ndarray:
-        return self._run(open_engine("onnxruntime", threads=self.threads), graph, images, precision, "fp32")
+        return self._run(open_reference(threads=self.threads), graph, images, precision, "fp32")
 
     def _run(
         self,
@@ -74,6 +76,7 @@ def measure_parity(
     threads: int,
     batch_size: int,
     float_remainder: FloatRemainder,
+    difference: Parting | None = None,
 ) -> ParityRecord:
     """Returns how alike FP32, the engine and the file are, and where engine and file part.
 
@@ -86,6 +89,7 @@ def measure_parity(
         threads: CPU threads; 0 for all cores.
         batch_size: images per inference.
         float_remainder: precision of what stays in float in the engine.
+        difference: where the file is not what was decided; nothing further is looked for then.
 
     Raises:
         EngineBuildError: ONNX Runtime, or the engine when it is given the beginning of the graph, refuses it.
@@ -97,9 +101,9 @@ def measure_parity(
         engine=_likeness(fp32_logits, engine_logits),
         file=_likeness(fp32_logits, file_logits),
         engine_to_file=_likeness(file_logits, engine_logits),
-        parting=None,
+        parting=difference,
     )
-    if not _parts(record.engine.sqnr_db, record.file.sqnr_db):
+    if difference is not None or not _parts(record.engine.sqnr_db, record.file.sqnr_db):
         return record
     with tempfile.TemporaryDirectory() as directory:
         parting = _find(onnx.load(graph), images[:_IMAGES_TO_SEARCH], runs, Path(directory))
@@ -160,14 +164,16 @@ def _cause(
     saved: Callable[[onnx.ModelProto], Path],
 ) -> tuple[str, Cause, str]:
     """The layer among those before a cut that is to blame, the cause, and a sentence about it."""
-    isa = runs.engine.identity().isa
+    identity = runs.engine.identity()
+    isa = identity.isa
     if adds_in_16_bits(isa):
+        runtime: Runtime = "onnxruntime" if identity.name == "onnxruntime" else "openvino"
         shares: dict[str, float] = {}
         for tensor, name in cut.layers.items():
             layer = integer_layer(model, tensor)
             if layer is not None:
                 beginning = saved(beginning_of(model, layer.activation, as_vector=False))
-                saturated, sums = layer.saturated_sums(runs.in_float(beginning, images))
+                saturated, sums = layer.saturated_sums(runs.in_float(beginning, images), runtime=runtime)
                 shares[name] = saturated / max(sums, 1)
         worst = max(shares, key=shares.__getitem__, default="")
         if worst and shares[worst] > 0:

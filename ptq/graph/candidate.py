@@ -9,8 +9,9 @@ import onnx
 from onnx import numpy_helper
 
 from ptq.config import Dialect
-from ptq.dialect import amax_bound, is_unsigned
+from ptq.dialect import amax_bound, zero_point_of
 from ptq.errors import ExportError
+from ptq.graph.whole_operators import quantize_whole_operators_, remove_pairs_
 from ptq.records.plan import PlacementPlan
 
 _QDQ = ("QuantizeLinear", "DequantizeLinear")
@@ -32,7 +33,8 @@ def write_candidate(
         template: the file of `export_qdq_template`.
         path: file to write; its bytes depend on the arguments alone.
         plan: the placement plan.
-        dialect: `tensorrt` for int8 throughout, `cpu` for uint8 where a tensor is never negative.
+        dialect: `tensorrt` for int8 throughout; `cpu` and `onnxruntime` for uint8 where a tensor is never negative,
+            the latter with all that its operators read and write quantized.
         activation_amax: amax by activation quantizer name, in activation units, positive.
         metadata: entries of the file's metadata, their names prefixed with `ptq.`.
         biases: float32 (channels,) by layer name, in place of the template's; None leaves them. Layers that the plan
@@ -48,14 +50,17 @@ def write_candidate(
             if f"{spec.name}.{suffix}" not in initializers:
                 raise ExportError(f"The template has no initializer {spec.name}.{suffix}; export the template again.")
         scale = np.array(activation_amax[spec.name] / amax_bound(spec, dialect), dtype=np.float32)
-        zero_point = np.zeros((), dtype=np.uint8 if is_unsigned(spec, dialect) else np.int8)
+        zero_point = zero_point_of(spec, dialect)
         for suffix, value in (("scale", scale), ("zero_point", zero_point)):
             name = f"{spec.name}.{suffix}"
             initializers[name].CopyFrom(numpy_helper.from_array(value, name))
     if biases is not None:
-        for layer, name in _bias_names(model, plan).items():
+        for layer, name in bias_names(model, plan).items():
             if layer in biases:
                 initializers[name].CopyFrom(numpy_helper.from_array(np.asarray(biases[layer], dtype=np.float32), name))
+    remove_pairs_(model, {spec.name for spec in plan.activations if spec.dialect not in (None, dialect)})
+    if dialect == "onnxruntime":
+        quantize_whole_operators_(model)
     del model.metadata_props[:]
     for key, text in sorted({**metadata, "dialect": dialect}.items()):
         entry = model.metadata_props.add()
@@ -87,7 +92,7 @@ def read_layers(template: Path, *, plan: PlacementPlan) -> list[LayerParameters]
             bias=numpy_helper.to_array(initializers[bias]),
             groups=groups_of(nodes[layer]),
         )
-        for layer, bias in _bias_names(model, plan).items()
+        for layer, bias in bias_names(model, plan).items()
     ]
 
 
@@ -112,8 +117,8 @@ def layer_nodes(model: onnx.ModelProto, plan: PlacementPlan) -> dict[str, onnx.N
     return found
 
 
-def _bias_names(model: onnx.ModelProto, plan: PlacementPlan) -> dict[str, str]:
-    """The initializer that holds the bias of every quantized layer that has one, by layer name."""
+def bias_names(model: onnx.ModelProto, plan: PlacementPlan) -> dict[str, str]:
+    """Returns the initializer that holds the bias of every quantized layer that has one, by layer name."""
     initializers = {tensor.name for tensor in model.graph.initializer}
     names = {}
     for layer, node in layer_nodes(model, plan).items():

@@ -4,7 +4,7 @@ For processors without VNNI; see `numerics.saturation`. The scale of an output c
 could saturate at any input, and nowhere else, so that nothing needs to be known of images.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from onnx import helper, numpy_helper
 
 from ptq.graph.candidate import groups_of, layer_nodes
 from ptq.graph.operations import COMMUTING, DEQUANTIZE, QUANTIZE
-from ptq.numerics.saturation import LARGEST_INPUT, SHIFT, count_saturated, scales_without_saturation
+from ptq.numerics.saturation import LARGEST_INPUT, OPENVINO, SHIFT, Runtime, count_saturated, scales_without_saturation
 from ptq.records.plan import PlacementPlan
 
 
@@ -29,13 +29,16 @@ class GrownScales:
     largest_factor: float
 
 
-def limit_pair_sums(template: Path, path: Path, *, plan: PlacementPlan) -> GrownScales:
+def limit_pair_sums(
+    template: Path, path: Path, *, plan: PlacementPlan, runtimes: Collection[Runtime] = OPENVINO
+) -> GrownScales:
     """Writes the template with weight scales at which no 16-bit sum of two products can saturate.
 
     Args:
         template: a Q/DQ template, whose weight scales are set.
         path: file to write; its bytes depend on the arguments alone.
         plan: the placement plan.
+        runtimes: whose kernels are to be right.
     """
     model = onnx.load(template)
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -52,6 +55,7 @@ def limit_pair_sums(template: Path, path: Path, *, plan: PlacementPlan) -> Grown
             np.tile(np.atleast_1d(before), len(turned) // before.size),
             np.full(turned.shape[1] * groups, LARGEST_INPUT),
             groups=groups,
+            runtimes=runtimes,
         )
         # A scale may be that of several rows: one for the tensor, or one for all groups of a ConvTranspose.
         after = after.reshape(-1, before.size).max(axis=0).reshape(before.shape)
@@ -84,11 +88,14 @@ class IntegerLayer:
     dilations: tuple[int, int] = (1, 1)
     groups: int = 1
 
-    def saturated_sums(self, activations: Float[np.ndarray, "n ..."]) -> tuple[int, int]:
+    def saturated_sums(
+        self, activations: Float[np.ndarray, "n ..."], *, runtime: Runtime = "openvino"
+    ) -> tuple[int, int]:
         """Returns how many sums of two products exceed 16 bits, and how many there are.
 
         Args:
             activations: that tensor: (n, channels, h, w), or (..., channels) of a linear layer.
+            runtime: whose kernels.
         """
         factors = np.rint(activations / self.scale) + self.zero_point + (SHIFT if self.is_signed else 0)
         if activations.ndim != 4 or self.steps.shape[2:] == (1, 1) and activations.shape[1] != self._channels:
@@ -97,7 +104,12 @@ class IntegerLayer:
         border = self.zero_point + (SHIFT if self.is_signed else 0)
         padded = np.pad(factors, ((0, 0), (0, 0), (top, bottom), (left, right)), constant_values=border)
         return count_saturated(
-            self.steps, padded.astype(np.float32), strides=self.strides, dilations=self.dilations, groups=self.groups
+            self.steps,
+            padded.astype(np.float32),
+            strides=self.strides,
+            dilations=self.dilations,
+            groups=self.groups,
+            runtime=runtime,
         )
 
     @property

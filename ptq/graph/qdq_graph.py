@@ -250,7 +250,7 @@ class QdqGraph:
                 runs_int8 = self.is_quantized(layer)
             elif node.op in COMMUTING | AVERAGE_POOLS | {"ReduceMean"} or is_zero_padding(node):
                 runs_int8 = self._is_fused(node, int8) or self.dequantize_behind(node.inputs[0]) is not None
-                runs_int8 = runs_int8 or (node.op in COMMUTING and self._is_only_quantized(node))
+                runs_int8 = runs_int8 or (node.op in COMMUTING and self.is_only_quantized(node))
             else:
                 runs_int8 = self._is_fused(node, int8)
             if runs_int8:
@@ -345,7 +345,8 @@ class QdqGraph:
                 return all(reader.op in EPILOGUE for reader in operand.outputs)
         return False
 
-    def _is_only_quantized(self, node: Node) -> bool:
+    def is_only_quantized(self, node: Node) -> bool:
+        """Tells whether every reader of what the node writes is a Q, with commuting operators only between."""
         readers = list(self._readers(node))
         is_output = any(tensor.name in self.output_names for tensor in node.outputs)
         return bool(readers) and not is_output and all(reader.op == QUANTIZE for reader in readers)

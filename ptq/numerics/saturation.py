@@ -2,15 +2,22 @@
 
 Without VNNI, `vpmaddubsw` multiplies unsigned bytes by signed ones and adds two neighbouring products with signed
 saturation (Intel 64 and IA-32 Software Developer's Manual, vol. 2): a pair sum beyond 32,767 is cut off, and the layer
-computes something else than its graph says. Which inputs are neighbours was read off OpenVINO 2026.4.1 under AVX2,
-layer by layer: `neighbours`. Signed inputs are moved by 128 beforehand, so they too are factors of 0 to 255.
+computes something else than its graph says. Which inputs are neighbours was read off OpenVINO 2026.4.1 and ONNX Runtime
+1.32 under AVX2, layer by layer: `neighbours`. Signed inputs are moved by 128 beforehand, so they too are factors of 0
+to 255.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from ptq.config import Dialect
+
+# Whose kernels add two products in 16 bits.
+Runtime = Literal["openvino", "onnxruntime"]
+OPENVINO: tuple[Runtime, ...] = ("openvino",)
 # What a signed 16-bit sum holds.
 LARGEST_SUM = 2**15 - 1
 # What an input holds, in steps, after a signed one was moved by `SHIFT`.
@@ -26,31 +33,48 @@ _HALVINGS = 30
 _WATCHED = 32
 
 
-def neighbours(inputs: int, positions: int, *, outputs: int, groups: int) -> Int[np.ndarray, "pairs 2"]:
+def runtimes_of(dialects: Iterable[Dialect]) -> tuple[Runtime, ...]:
+    """Returns the runtimes with such kernels that dialects are for."""
+    of_dialect: dict[Dialect, Runtime] = {"cpu": "openvino", "onnxruntime": "onnxruntime"}
+    return tuple(of_dialect[dialect] for dialect in dialects if dialect in of_dialect)
+
+
+def neighbours(
+    inputs: int, positions: int, *, outputs: int, groups: int, runtimes: Collection[Runtime] = OPENVINO
+) -> Int[np.ndarray, "pairs 2"]:
     """Returns which elements of an output channel's weights share a 16-bit sum, as positions in (inputs, positions).
 
-    Input channels 0 and 1, 2 and 3, ... at one position of the kernel; an odd last one is alone. A grouped convolution
-    is a matrix product over all positions, with the channels of one position side by side. A depthwise one has none.
+    OpenVINO adds input channels 0 and 1, 2 and 3, ... at one position of the kernel; an odd last one is alone. To ONNX
+    Runtime, and to OpenVINO where there are groups, a convolution is a matrix product over all positions, with the
+    channels of one position side by side. A depthwise one has no pair.
 
     Args:
         inputs: input channels of a group.
         positions: positions of the kernel, 1 for a linear layer.
         outputs: output channels of a group.
         groups: groups of a convolution, else 1.
+        runtimes: whose kernels; the pairs are those of any of them.
 
     >>> neighbours(3, 2, outputs=8, groups=1).tolist()
     [[0, 2], [1, 3]]
     >>> neighbours(3, 2, outputs=8, groups=2).tolist()
     [[0, 2], [4, 1], [3, 5]]
+    >>> neighbours(3, 2, outputs=8, groups=1, runtimes=["onnxruntime"]).tolist()
+    [[0, 2], [4, 1], [3, 5]]
     """
     grid = np.arange(inputs * positions).reshape(inputs, positions)
     if groups > 1 and inputs == outputs == 1:
         return np.zeros((0, 2), dtype=np.int64)
-    if groups == 1:
-        couples = grid[: inputs // 2 * 2].reshape(-1, 2, positions)
-        return couples.transpose(0, 2, 1).reshape(-1, 2)
-    flat = grid.T.ravel()
-    return flat[: len(flat) // 2 * 2].reshape(-1, 2)
+    found: dict[tuple[int, int], None] = {}
+    for runtime in runtimes:
+        if runtime == "openvino" and groups == 1:
+            couples = grid[: inputs // 2 * 2].reshape(-1, 2, positions)
+            pairs = couples.transpose(0, 2, 1).reshape(-1, 2)
+        else:
+            flat = grid.T.ravel()
+            pairs = flat[: len(flat) // 2 * 2].reshape(-1, 2)
+        found |= dict.fromkeys((int(one), int(other)) for one, other in pairs)
+    return np.array(list(found), dtype=np.int64).reshape(-1, 2)
 
 
 def _steps_of(weight: Float[np.ndarray, "out n"], scale: Float[np.ndarray, " out"]) -> Float[np.ndarray, "out n"]:
@@ -64,13 +88,14 @@ def largest_sums(
     largest_inputs: Int[np.ndarray, " channels"],
     *,
     groups: int,
+    runtimes: Collection[Runtime] = OPENVINO,
 ) -> Float[np.ndarray, " out"]:
     """Returns the largest magnitude that a 16-bit sum of each output channel can reach; 0 where it has no pair.
 
     The arguments are those of `scales_without_saturation`.
     """
     found = np.zeros(len(weight), dtype=np.float32)
-    for rows, flat, pairs, inputs in _chunks(weight, largest_inputs, groups):
+    for rows, flat, pairs, inputs in _chunks(weight, largest_inputs, groups, runtimes):
         found[rows] = _sums(_steps_of(flat, scale[rows]), pairs, inputs).max(axis=1)
     return found
 
@@ -81,6 +106,7 @@ def scales_without_saturation(
     largest_inputs: Int[np.ndarray, " channels"],
     *,
     groups: int,
+    runtimes: Collection[Runtime] = OPENVINO,
 ) -> Float[np.ndarray, " out"]:
     """Returns the scales, float32, each as it was or as little larger as keeps every 16-bit sum from saturating.
 
@@ -89,9 +115,10 @@ def scales_without_saturation(
         scale: the scale that each output channel has now.
         largest_inputs: per input channel of the layer the largest factor, in steps: 255 for any input at all.
         groups: groups of a convolution, else 1.
+        runtimes: whose kernels are to be right.
     """
     found = np.array(scale, dtype=np.float32)
-    for rows, flat, pairs, inputs in _chunks(weight, largest_inputs, groups):
+    for rows, flat, pairs, inputs in _chunks(weight, largest_inputs, groups, runtimes):
         found[rows] = _grown(flat, found[rows], pairs, inputs)
     return found
 
@@ -103,6 +130,7 @@ def count_saturated(
     strides: tuple[int, int],
     dilations: tuple[int, int],
     groups: int,
+    runtime: Runtime = "openvino",
 ) -> tuple[int, int]:
     """Returns how many 16-bit sums of a convolution saturate at these inputs, and how many sums there are.
 
@@ -112,12 +140,13 @@ def count_saturated(
         strides: rows and columns from one output to the next.
         dilations: rows and columns from one position of the kernel to the next.
         groups: groups of the convolution; 1 for a linear layer, which is one with a kernel of one position.
+        runtime: whose kernels.
     """
     outputs, width, *kernel = steps.shape
     reach = [(size - 1) * step + 1 for size, step in zip(kernel, dilations, strict=True)]
     windows = np.lib.stride_tricks.sliding_window_view(inputs, reach, axis=(2, 3))
     windows = windows[:, :, :: strides[0], :: strides[1], :: dilations[0], :: dilations[1]]
-    pairs = neighbours(width, kernel[0] * kernel[1], outputs=outputs // groups, groups=groups)
+    pairs = neighbours(width, kernel[0] * kernel[1], outputs=outputs // groups, groups=groups, runtimes=[runtime])
     flat, places = steps.reshape(groups, outputs // groups, -1), windows[:, 0, :, :, 0, 0].size
     saturated = 0
     for group, weights in enumerate(flat):
@@ -133,12 +162,15 @@ def count_saturated(
 
 
 def _chunks(
-    weight: Float[np.ndarray, "out inputs *kernel"], largest_inputs: Int[np.ndarray, " channels"], groups: int
+    weight: Float[np.ndarray, "out inputs *kernel"],
+    largest_inputs: Int[np.ndarray, " channels"],
+    groups: int,
+    runtimes: Collection[Runtime],
 ) -> Iterator[tuple[slice, Float[np.ndarray, "rows n"], Int[np.ndarray, "pairs 2"], Float[np.ndarray, "rows n"]]]:
     """Parts of a layer that has pairs: output channels, their weights, the pairs, the largest factor of each weight."""
     outputs, inputs = weight.shape[:2]
     positions = int(np.prod(weight.shape[2:]))
-    pairs = neighbours(inputs, positions, outputs=outputs // groups, groups=groups)
+    pairs = neighbours(inputs, positions, outputs=outputs // groups, groups=groups, runtimes=runtimes)
     if not len(pairs):
         return
     flat = np.ascontiguousarray(weight, dtype=np.float32).reshape(outputs, -1)

@@ -41,6 +41,7 @@ def prepare_onnx_model(
     input_shape: tuple[int, int, int],
     quantization: QuantizationConfig,
     directory: Path,
+    whole_operators: bool = False,
 ) -> PreparedModel:
     """Writes FP32 graph, observed graph and placement plan of an FP32 ONNX classifier into `directory`.
 
@@ -51,6 +52,7 @@ def prepare_onnx_model(
         input_shape: (c, h, w).
         quantization: where quantizers go.
         directory: an existing folder.
+        whole_operators: place the quantizers of the onnxruntime dialect too.
 
     Returns:
         the files by the record's field names. `weights` is the FP32 graph in canonical form, from which the Q/DQ
@@ -79,6 +81,7 @@ def prepare_onnx_model(
     plan = place_quantizers(
         view_of(with_shapes(graph)),
         **quantization.model_dump(exclude={"dialects", "bias_correction", "weight_method", "equalization"}),
+        whole_operators=whole_operators,
     )
     write_observed(files["weights"], files["observed_onnx"], plan=plan)
     files["plan"].write_text(json.dumps(to_jsonable(plan), indent=1))

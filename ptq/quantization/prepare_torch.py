@@ -43,6 +43,7 @@ def prepare_torch_model(
     input_shape: tuple[int, int, int],
     quantization: QuantizationConfig,
     directory: Path,
+    whole_operators: bool = False,
 ) -> PreparedModel:
     """Writes weights, FP32 graph, observed graph and placement plan of a checkpoint into `directory`.
 
@@ -54,6 +55,7 @@ def prepare_torch_model(
         input_shape: (c, h, w).
         quantization: where quantizers go.
         directory: an existing folder.
+        whole_operators: place the quantizers of the onnxruntime dialect too.
 
     Raises:
         CheckpointError: the checkpoint cannot be read or does not fit.
@@ -74,6 +76,7 @@ def prepare_torch_model(
     plan = place_quantizers(
         view_of(folded.module, traced=folded.traced),
         **quantization.model_dump(exclude={"dialects", "bias_correction", "weight_method", "equalization"}),
+        whole_operators=whole_operators,
     )
     files = {
         "weights": directory / "weights.safetensors",

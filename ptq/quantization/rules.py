@@ -8,8 +8,9 @@ read it. Each is a function of `RULES`, in the order in which they ask. Nothing 
 """
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from ptq.config import Dialect
 from ptq.errors import UsageError
 from ptq.quantization.view import GraphView, Kind, Operation, Tensor, reach
 from ptq.records.plan import LayerInput, PlacementPlan, QuantizerSpec
@@ -33,6 +34,7 @@ def place_quantizers(
     first_layer: bool,
     last_layer: bool,
     skip_layers: Collection[str],
+    whole_operators: bool = False,
 ) -> PlacementPlan:
     """Returns where quantizers go in a network whose BatchNorm is folded.
 
@@ -44,6 +46,8 @@ def place_quantizers(
         first_layer: quantize the first weighted layer.
         last_layer: quantize the last weighted layer.
         skip_layers: layers left in float.
+        whole_operators: add the quantizers of the onnxruntime dialect, whose operators compute in INT8 where all that
+            they read and write is quantized.
 
     Raises:
         UsageError: `skip_layers` names a layer that does not exist, or nothing is left to quantize.
@@ -59,7 +63,8 @@ def place_quantizers(
     )
     for rule in RULES if view.is_traced else ():
         rule(placement)
-    activations = placement.specs() if view.is_traced else (_spec(name, (name,)) for name in quantized)
+    specs = placement.specs(whole_operators=whole_operators)
+    activations = specs if view.is_traced else (_spec(name, (name,)) for name in quantized)
     return PlacementPlan(
         quantizers=(*activations, *(_weight_spec(name, view.layers[name].axis) for name in quantized)),
         quantized_layers=quantized,
@@ -226,6 +231,7 @@ class _Group:
     tensors: list[Tensor]
     observed: Tensor
     readers: list[str] = field(default_factory=list)
+    dialect: Dialect | None = None
 
 
 @dataclass
@@ -245,18 +251,34 @@ class _Placement:
         if reader.name not in group.readers:
             group.readers.append(reader.name)
 
-    def specs(self) -> Iterator[QuantizerSpec]:
+    def specs(self, *, whole_operators: bool) -> Iterator[QuantizerSpec]:
         """Yields the specs in the order of the graph, with quantizers moved before operations that commute."""
         for tensor in list(self.groups) if self.commute else ():
             self._move_before_commuting(tensor)
         for tensor in list(self.groups):
             self._move_before_concat(tensor)
+        if whole_operators:
+            self._quantize_whole_operators()
         order = {tensor: position for position, tensor in enumerate(self.view.tensors.values())}
         unique = {id(group): group for group in self.groups.values()}
         for group in sorted(unique.values(), key=lambda group: order[group.observed]):
             never_negative = all(tensor.never_negative for tensor in group.tensors)
             tensors = tuple(tensor.name for tensor in group.tensors)
-            yield _spec(group.observed.name, tuple(group.readers), tensors, never_negative=never_negative)
+            found = _spec(group.observed.name, tuple(group.readers), tensors, never_negative=never_negative)
+            yield replace(found, dialect=group.dialect)
+
+    def _quantize_whole_operators(self) -> None:
+        """What the operators of the onnxruntime dialect need besides is read quantized by all that reads it."""
+        for tensor in dict.fromkeys(_tensors_of_whole_operators(self)):
+            if tensor.readers and not tensor.is_output and not self._is_quantized(tensor):
+                readers = list(dict.fromkeys(reader.name for reader in tensor.readers))
+                self.groups[tensor] = _Group([tensor], tensor, readers, "onnxruntime")
+
+    def _is_quantized(self, tensor: Tensor) -> bool:
+        """Whether a tensor has a quantizer, or what it is moved from."""
+        while tensor not in self.groups and tensor.producer is not None and tensor.producer.kind in _COMMUTING:
+            tensor = tensor.producer.inputs[0]
+        return tensor in self.groups
 
     def _move_before_commuting(self, behind: Tensor) -> None:
         """A quantizer before a max pool or a permutation lets it run in INT8."""
@@ -360,6 +382,30 @@ def _quantize_dense_blocks(placement: _Placement) -> None:
                 pool = tensor.producer
             group.tensors.append(tensor)
         groups |= dict.fromkeys(group.tensors, group)
+
+
+def _tensors_of_whole_operators(placement: _Placement) -> Iterator[Tensor]:
+    """What the convolutions, residual adds, average pools and gates that are quantized read and write besides."""
+    for operation in placement.view.operations:
+        if operation.kind == "convolution" and operation.layer in placement.quantized:
+            yield _behind_relu(operation.outputs[0])
+        elif operation in placement.residual_adds:
+            yield from (*operation.inputs, _behind_relu(operation.outputs[0]))
+        elif operation.kind == "quantized_pool" and placement.quantize_pools:
+            yield operation.outputs[0]
+            for product in _gate_multiplications(operation):
+                yield from product.inputs
+
+
+def _behind_relu(tensor: Tensor) -> Tensor:
+    """The tensor once a ReLU has clipped it, which is a quantizer's part where the ReLU alone reads it."""
+    while tensor.is_private:
+        (reader,) = tensor.readers
+        clips = reader.channels.how in ("kept", "clipped") and reader.outputs[0].never_negative
+        if reader.kind != "other" or not clips:
+            break
+        tensor = reader.outputs[0]
+    return tensor
 
 
 RULES = (

@@ -76,6 +76,11 @@ class AmaxRecord:
     biases: ArtifactRef | None = None
 
     @property
+    def is_trained(self) -> bool:
+        """Whether QAT has changed the network's weights."""
+        return self.method.endswith("_qat")
+
+    @property
     def identity(self) -> str:
         """What makes two candidates one: the digests of the table and of the biases."""
         return f"{self.table.sha256}{self.biases.sha256 if self.biases else ''}"

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Cause = Literal["saturation", "float", "fusion"]
+# The engine is to blame for the first three, and the file for the others.
+Cause = Literal["saturation", "float", "fusion", "scale", "zero point", "axis", "weight", "bias", "placement"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,11 +17,15 @@ class Likeness:
 
 @dataclass(frozen=True, slots=True)
 class Parting:
-    """The first layer at which engine and file part, and why. `layer` is empty where none could be found."""
+    """The first layer at which engine and file, or file and what was decided, part, and why.
+
+    `layer` is empty where none could be found. `in_file` says that the file is not what was decided.
+    """
 
     layer: str
     cause: Cause
     sentence: str
+    in_file: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +33,7 @@ class ParityRecord:
     """FP32, the INT8 model on its engine, and the same file with every Q and DQ computed in float, on `images` images.
 
     The first two likenesses have FP32 as the reference, the last one the file in float. `parting` is None where the
-    engine does what the file says.
+    file holds what was decided and the engine does what the file says.
     """
 
     images: int

@@ -1,8 +1,9 @@
 """Where do a model's quantizers go, and what was made of its network?"""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from ptq.config import Dialect
 from ptq.records.base import ArtifactRef
 
 
@@ -14,7 +15,8 @@ class QuantizerSpec:
     the tensor whose distribution decides amax: behind a pool that commutes with the quantizer, else the
     quantized tensor itself. `axis` is the axis kept, None for per tensor. `never_negative` is proved from
     the graph. `readers` are the nodes that read the quantized value; `tensors` the tensors it is put on, more
-    than one where the operands of a concat share one scale.
+    than one where the operands of a concat share one scale. `dialect` is set for one that the graphs of other dialects
+    have not.
     """
 
     name: str
@@ -24,6 +26,7 @@ class QuantizerSpec:
     never_negative: bool
     readers: tuple[str, ...]
     tensors: tuple[str, ...] = ()
+    dialect: Dialect | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,10 @@ class PlacementPlan:
     warnings: tuple[str, ...]
     layer_inputs: tuple[LayerInput, ...] = ()
     float_operators: tuple[str, ...] = ()
+
+    def of_dialect(self, dialect: Dialect) -> "PlacementPlan":
+        """Returns the plan of the graphs of one dialect."""
+        return replace(self, quantizers=tuple(spec for spec in self.quantizers if spec.dialect in (None, dialect)))
 
     @property
     def activations(self) -> tuple[QuantizerSpec, ...]:

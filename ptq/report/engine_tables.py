@@ -54,7 +54,7 @@ def parity_table(inputs: ReportInputs) -> Table:
         "INT8 on the engine against its file": found.engine_to_file,
     }
     rows = tuple((name, fixed(pair.sqnr_db, 1), fixed(pair.agreement_percent, 1)) for name, pair in pairs.items())
-    note = found.parting.sentence if found.parting else "The engine computes what the file says."
+    note = found.parting.sentence if found.parting else "The file is what was decided, and the engine computes it."
     title = f"The engine and its file on {found.images:,} images"
     alarming = (0, 2) if found.parting else ()
     return Table(title, ("Pair", "SQNR, dB", "Same top-1, %"), rows, note, alarming=alarming)

@@ -11,6 +11,7 @@ from typing import Any
 
 from ptq.config import Decoding, Dialect, Normalization, Precision, PtqConfig, StoppingRule
 from ptq.engines.isa import adds_in_16_bits
+from ptq.numerics.saturation import Runtime, runtimes_of
 from ptq.records.graph import EngineIdentity
 from ptq.storage.store import Store, open_store
 
@@ -58,11 +59,21 @@ class RunContext(StageContext):
         return self.dialects[0]
 
     @property
+    def whole_operators(self) -> bool:
+        """Whether the plan has the quantizers that the operators of ONNX Runtime need besides."""
+        return "onnxruntime" in self.dialects
+
+    @property
     def limits_pair_sums(self) -> bool:
         """Whether weights keep sums of two products within 16 bits, as processors without VNNI need it."""
         if self.identity.name == "tensorrt":
             return False
         return self.config.engine.isa == "portable" or adds_in_16_bits(self.identity.isa)
+
+    @property
+    def cpu_runtimes(self) -> tuple[Runtime, ...]:
+        """The runtimes for whose kernels weights keep within 16 bits: those of the dialects."""
+        return runtimes_of(self.dialects)
 
     @property
     def evaluates_isas(self) -> bool:

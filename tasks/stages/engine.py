@@ -20,7 +20,7 @@ from tasks.runtime.stage import stage
 def resolve_engine(engine: EngineConfig) -> EngineIdentity:
     """Find out which engine, version and device this machine has."""
     if engine.isa not in ("portable", "native"):
-        play_isa(engine.isa)
+        play_isa(engine.isa, engine=engine.name)
     identity = open_engine(engine.name, threads=engine.threads).identity()
     described = engine_text(identity.name, identity.version, identity.device, identity.isa)
     get_run_logger().info("Engine %s", described)

@@ -17,7 +17,7 @@ from ptq.records.base import ArtifactRef
 from ptq.records.calibration import AmaxRecord
 from ptq.records.graph import GraphRecord
 from ptq.records.plan import ModelRecord
-from tasks.runtime.context import StageContext
+from tasks.runtime.context import RunContext, StageContext
 from tasks.runtime.stage import stage
 
 
@@ -45,14 +45,14 @@ def export_qdq(model: ModelRecord, weight_method: WeightMethod, *, run: StageCon
     return template
 
 
-@stage(returns=ArtifactRef, timeout_seconds=600)
-def limit_pair_sums(template: ArtifactRef, model: ModelRecord, *, run: StageContext) -> ArtifactRef:
+@stage(returns=ArtifactRef, timeout_seconds=600, uses=("cpu_runtimes",))
+def limit_pair_sums(template: ArtifactRef, model: ModelRecord, *, run: RunContext) -> ArtifactRef:
     """Write the template with weight scales at which no processor without VNNI saturates."""
     store = run.store
     plan = plan_from_file(store.get_path(model.plan))
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "template.onnx"
-        found = pair_sums.limit_pair_sums(store.get_path(template), path, plan=plan)
+        found = pair_sums.limit_pair_sums(store.get_path(template), path, plan=plan, runtimes=run.cpu_runtimes)
         get_run_logger().info(
             "Right on every CPU: %d of %d weight scales in %d layers grew, by up to %.2f",
             found.grown,
@@ -81,4 +81,6 @@ def write_graph(
             biases=arrays_from_npz(store.get_path(amax.biases)) if amax.biases else None,
             metadata={"checkpoint_sha256": model.checkpoint_sha256, "method": amax.method, "trial": str(amax.trial)},
         )
-        return GraphRecord(onnx=store.put_file(path), dialect=dialect, quantizers=len(plan.quantizers))
+        return GraphRecord(
+            onnx=store.put_file(path), dialect=dialect, quantizers=len(plan.of_dialect(dialect).quantizers)
+        )

@@ -38,7 +38,7 @@ def _sources(run: RunContext) -> list[str]:
 @stage(
     returns=ModelRecord,
     timeout_seconds=1800,
-    uses=("config.quantization.placement", "input_shape"),
+    uses=("config.quantization.placement", "input_shape", "whole_operators"),
     ignores=("config.model",),
     reads=_sources,
 )
@@ -53,6 +53,7 @@ def prepare_model(class_names: tuple[str, ...], has_named_classes: bool, *, run:
             has_named_classes=has_named_classes,
             input_shape=run.input_shape,
             quantization=run.config.quantization.placement,
+            whole_operators=run.whole_operators,
             directory=Path(directory),
         )
         files = {name: store.put_file(path) for name, path in prepared.files.items()}

@@ -1,5 +1,6 @@
 """Stages that tell whether the engine computes what the INT8 file says, here and under other instruction sets."""
 
+import json
 from collections.abc import Mapping
 
 import numpy as np
@@ -12,10 +13,14 @@ from ptq.evaluation.evaluate import split_images_from_files
 from ptq.evaluation.instruction_sets import evaluate_under_isas
 from ptq.evaluation.parity import IMAGES, measure_parity
 from ptq.files import arrays_from_npz
+from ptq.graph.against_plan import Decisions, difference_in_file
+from ptq.quantization.prepared import plan_from_file
+from ptq.records.calibration import AmaxRecord
 from ptq.records.data import PreparedImages
 from ptq.records.evaluation import EvaluationRecord, IsaEvaluations
 from ptq.records.graph import GraphRecord
 from ptq.records.parity import ParityRecord
+from ptq.records.plan import ModelRecord
 from tasks.runtime.context import RunContext
 from tasks.runtime.progress import progress_logger
 from tasks.runtime.stage import stage
@@ -27,6 +32,7 @@ from tasks.runtime.stage import stage
     uses=(
         "config.engine.evaluation_batch_size",
         "config.engine.float_remainder",
+        "config.quantization.weight_method",
         "identity",
         "normalization",
         "selection_split",
@@ -36,18 +42,28 @@ from tasks.runtime.stage import stage
 )
 def compare_with_file(
     graph: GraphRecord,
+    model: ModelRecord,
+    amax: AmaxRecord,
     evaluation: EvaluationRecord,
     baseline: EvaluationRecord,
     splits: Mapping[str, PreparedImages],
     *,
     run: RunContext,
 ) -> ParityRecord:
-    """Compare FP32, the INT8 model on the engine and its file in float on images of the selection split."""
+    """Hold the INT8 file against what was decided, and the engine against the file, on the selection split."""
     store, split = run.store, run.selection_split
     pixels = np.load(store.get_path(splits[split].pixels), mmap_mode="r", allow_pickle=False)
     # A split is in the order of the data: class after class.
     chosen = evenly_spaced(range(len(pixels)), count=IMAGES)
     fp32, int8 = (arrays_from_npz(store.get_path(each.logits))[split][chosen] for each in (baseline, evaluation))
+    decided = Decisions(
+        plan=plan_from_file(store.get_path(model.plan)),
+        dialect=graph.dialect,
+        amax=json.loads(store.get_bytes(amax.table)),
+        biases=arrays_from_npz(store.get_path(amax.biases)) if amax.biases else {},
+        weight_method="max" if amax.is_trained else run.config.quantization.weight_method,
+        trained=amax.is_trained,
+    )
     found = measure_parity(
         store.get_path(graph.onnx),
         network_input(pixels[chosen], mean=run.normalization.mean, std=run.normalization.std),
@@ -57,6 +73,7 @@ def compare_with_file(
         threads=run.threads,
         batch_size=min(run.config.engine.evaluation_batch_size, len(chosen)),
         float_remainder=run.config.engine.float_remainder,
+        difference=difference_in_file(store.get_path(graph.onnx), store.get_path(model.fp32_onnx), decided),
     )
     log = get_run_logger().info if found.parting is None else get_run_logger().warning
     log("SQNR on the engine %.1f dB, of the file in float %.1f dB", found.engine.sqnr_db, found.file.sqnr_db)

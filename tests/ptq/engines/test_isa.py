@@ -63,6 +63,14 @@ def test_an_unknown_instruction_set_is_named_with_those_there_are():
         isa.play_isa("avx3")
 
 
+def test_an_engine_that_knows_no_limit_is_named(monkeypatch):
+    monkeypatch.setattr(isa, "_processor_features", lambda: frozenset(ZEN3))
+    with pytest.raises(
+        UsageError, match="engine.isa is avx2, and engine onnxruntime uses whatever .*--engine openvino"
+    ):
+        isa.play_isa("avx2", engine="onnxruntime")
+
+
 def test_one_that_the_processor_lacks_is_named_with_those_it_has(monkeypatch):
     monkeypatch.setattr(isa, "_processor_features", lambda: frozenset(ZEN3))
     with pytest.raises(EngineBuildError, match="has no avx512_core_vnni; it has sse41, avx2. Take one of these"):

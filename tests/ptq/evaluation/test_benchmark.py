@@ -7,6 +7,7 @@ import pytest
 
 from ptq.engines import int8_share, open_engine
 from ptq.engines.base import TransferSamples
+from ptq.errors import EngineBuildError
 from ptq.evaluation import benchmark as benchmarking
 from ptq.evaluation.benchmark import COMPUTE_ONLY, ONE_MODE, LoadedEngine, measure_engines
 from ptq.records.base import ArtifactRef
@@ -38,6 +39,15 @@ def test_a_cpu_engine_has_one_mode_and_says_so(tmp_path):
     assert [measurement.precision for measurement in found.measurements] == ["fp32", "int8"]
     assert all(len(measurement.rounds_median_ms) == 2 for measurement in found.measurements)
     assert all(len(measurement.samples_ms) >= 4 for measurement in found.measurements)
+
+
+def test_an_engine_of_another_instruction_set_is_refused(tmp_path):
+    item = loaded(tmp_path, "int8", 2)
+    identity = replace(item.record.engine, isa="avx512_core_amx_of_another_machine")
+    other = LoadedEngine(replace(item.record, engine=identity), item.blob)
+    here = item.record.engine.isa
+    with pytest.raises(EngineBuildError, match=f"int8.blob was built for avx512_core_amx_of.*this process use {here}"):
+        measure_engines([other], **SETTINGS)
 
 
 class GpuRunner:

@@ -35,6 +35,12 @@ def test_neighbours_are_the_pairs_written_out(inputs, positions, groups):
     )
 
 
+def test_the_pairs_of_several_runtimes_are_those_of_any():
+    found = neighbours(3, 2, outputs=4, groups=1, runtimes=["openvino", "onnxruntime"]).tolist()
+    assert found == [[0, 2], [1, 3], [4, 1], [3, 5]]
+    assert neighbours(4, 9, outputs=4, groups=1, runtimes=["onnxruntime"]).shape == (18, 2)
+
+
 def test_a_depthwise_convolution_has_no_pairs_and_one_with_two_outputs_a_group_has():
     assert len(neighbours(1, 9, outputs=1, groups=8)) == 0
     assert neighbours(1, 9, outputs=2, groups=8).tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]

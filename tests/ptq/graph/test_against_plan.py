@@ -1,0 +1,169 @@
+"""Graphs that are not what was decided: faults seeded into a candidate, each named with its layer and cause."""
+
+import dataclasses
+
+import networks
+import numpy as np
+import onnx
+import pytest
+import torch
+from networks import PLACEMENT
+from onnx import helper, numpy_helper
+
+from ptq.dialect import observed_names
+from ptq.graph.against_plan import Decisions, find_difference
+from ptq.graph.candidate import write_candidate
+from ptq.graph.pair_sums import limit_pair_sums
+from ptq.networks.export import export_onnx, export_qdq_template
+from ptq.networks.fake_quant import fake_quant_from_folded, weight_amax
+from ptq.networks.folding import fold_model
+from ptq.networks.observed import observed_from_folded
+from ptq.quantization.rules import place_quantizers
+from ptq.quantization.torch_view import view_of
+
+SHAPE = (3, 24, 24)
+DIALECTS = ("cpu", "onnxruntime", "tensorrt")
+
+
+@pytest.fixture(scope="module", params=DIALECTS)
+def sound(request, tmp_path_factory):
+    """A candidate as it should be, the FP32 graph, and what it was written from."""
+    folder, dialect = tmp_path_factory.mktemp("sound"), request.param
+    folded = fold_model(networks.small_resnet(), input_shape=SHAPE)
+    plan = place_quantizers(view_of(folded.module), **PLACEMENT, whole_operators=True)
+    images = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        _, *tensors = observed_from_folded(folded.module, plan)(images)
+    amax = {name: float(seen.abs().max()) + 1e-3 for name, seen in zip(observed_names(plan), tensors, strict=True)}
+    fake_quant = fake_quant_from_folded(
+        folded.module, plan, dialect="tensorrt", activation_amax=amax, weight_amax=weight_amax(folded.module, plan)
+    )
+    export_qdq_template(fake_quant, folder / "native.onnx", plan=plan, input_shape=SHAPE)
+    template = folder / "template.onnx"
+    limit_pair_sums(folder / "native.onnx", template, plan=plan)
+    biases = {"block1.conv1": np.linspace(-1, 1, 8, dtype=np.float32)}
+    write_candidate(
+        template, folder / "c.onnx", plan=plan, dialect=dialect, activation_amax=amax, metadata={}, biases=biases
+    )
+    export_onnx(folded.module, folder / "fp32.onnx", input_shape=SHAPE)
+    decided = Decisions(plan=plan, dialect=dialect, amax=amax, biases=biases)
+    return onnx.load(folder / "c.onnx"), onnx.load(folder / "fp32.onnx"), decided
+
+
+def changed(model, name, change):
+    """A copy of a graph in which an initializer's numbers are others."""
+    copy = onnx.ModelProto.FromString(model.SerializeToString())
+    (tensor,) = [each for each in copy.graph.initializer if each.name == name]
+    tensor.CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(tensor).copy()), name))
+    return copy
+
+
+def bypassed(model, readers, position):
+    """A copy of a graph in which an operand is read before its pair."""
+    copy = onnx.ModelProto.FromString(model.SerializeToString())
+    writers = {name: node for node in copy.graph.node for name in node.output}
+    for node in copy.graph.node:
+        if readers(node):
+            dequantize = writers[node.input[position]]
+            assert dequantize.op_type == "DequantizeLinear"
+            node.input[position] = writers[dequantize.input[0]].input[0]
+            return copy
+    raise LookupError("no such node")
+
+
+def name_of(model, suffix):
+    return next(each.name for each in model.graph.initializer if each.name.endswith(suffix))
+
+
+def one_weight(weight):
+    weight.flat[7] *= 1.5
+    return weight
+
+
+def test_a_sound_graph_is_what_was_decided(sound):
+    assert find_difference(*sound) is None
+
+
+def test_a_network_whose_channels_are_equalized_is_still_the_same(sound):
+    model, fp32, decided = sound
+    factors = np.exp2(np.arange(-4, 4)).reshape(8, 1, 1, 1).astype(np.float32)
+    equalized = changed(model, "block1.conv2.weight", lambda weight: weight * factors)
+    equalized = changed(equalized, "block1.conv2.weight.scale", lambda scale: scale * factors.ravel())
+    equalized = changed(equalized, "block1.conv2.bias", lambda bias: bias * factors.ravel())
+    assert find_difference(equalized, fp32, decided) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "layer", "cause", "says"),
+    [
+        ("block1_relu.scale", lambda scale: scale * 2, "block1_relu", "scale", "calibration chose"),
+        ("block1_relu.scale", lambda scale: scale * np.float32(0.3), "block1_relu", "scale", "calibration chose"),
+        ("block1_relu.zero_point", lambda zero: zero + 3, "block1_relu", "zero point", "expected"),
+        ("block2.conv1.weight.zero_point", lambda zero: zero + 1, "block2.conv1", "zero point", "is not 0"),
+        ("block2.conv1.weight.scale", lambda scale: scale * np.float32(4), "block2.conv1", "scale", "asks for"),
+        ("block2.conv1.weight.scale", lambda scale: scale / 3, "block2.conv1", "scale", "asks for"),
+        ("block1.conv2.weight", one_weight, "block1.conv2", "weight", "1 of 576 weights"),
+        ("block1.conv1.bias", lambda bias: bias * 1.01, "block1.conv1", "bias", "not those corrected"),
+        ("block1.conv2.bias", lambda bias: bias + 0.5, "block1.conv2", "bias", "not the network's"),
+    ],
+    ids=["scale", "clipped range", "zero point", "weight's zero point", "coarse weights", "clipped weights", "weight",
+         "corrected bias", "bias"],
+)  # fmt: skip
+def test_numbers_that_are_others_are_named(sound, name, change, layer, cause, says):
+    model, fp32, decided = sound
+    found = find_difference(changed(model, name, lambda values: change(values).astype(values.dtype)), fp32, decided)
+    assert (found.layer, found.cause, found.in_file) == (layer, cause, True)
+    assert says in found.sentence
+
+
+def test_scales_along_another_axis_are_named(sound):
+    model, fp32, decided = sound
+    turned = onnx.ModelProto.FromString(model.SerializeToString())
+    for node in turned.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.input[1] == "block1.conv2.weight.scale":
+            del node.attribute[:]
+            node.attribute.append(helper.make_attribute("axis", 1))
+    found = find_difference(turned, fp32, decided)
+    assert (found.layer, found.cause) == ("block1.conv2", "axis")
+
+
+def test_a_layer_whose_input_or_weight_is_bare_is_named(sound):
+    model, fp32, decided = sound
+    writers = {name: node for node in model.graph.node for name in node.output}
+
+    def is_second(node):
+        source = writers.get(node.input[1]) if node.op_type == "Conv" else None
+        return source is not None and source.input[1] == "block1.conv2.weight.scale"
+
+    for position in (0, 1):
+        found = find_difference(bypassed(model, is_second, position), fp32, decided)
+        assert (found.layer, found.cause) == ("block1.conv2", "float")
+
+
+def test_an_addition_without_a_quantized_operand_is_named(sound):
+    model, fp32, decided = sound
+    writers = {name: node for node in model.graph.node for name in node.output}
+    add, position = next(
+        (node, position)
+        for node in model.graph.node
+        if node.op_type == "Add"
+        for position, name in enumerate(node.input)
+        if writers[name].op_type == "DequantizeLinear"
+    )
+    found = find_difference(bypassed(model, lambda node: node.name == add.name, position), fp32, decided)
+    assert (found.layer, found.cause) == (add.name, "placement")
+
+
+def test_a_missing_quantizer_is_named(sound):
+    model, fp32, decided = sound
+    extra = dataclasses.replace(decided.plan.activations[0], name="not there", dialect=None)
+    plan = dataclasses.replace(decided.plan, quantizers=(extra, *decided.plan.quantizers))
+    amax = {**decided.amax, "not there": 1.0}
+    found = find_difference(model, fp32, dataclasses.replace(decided, plan=plan, amax=amax))
+    assert (found.layer, found.cause) == ("not there", "placement")
+
+
+def test_weights_that_training_has_changed_are_not_held_against_the_network(sound):
+    model, fp32, decided = sound
+    trained = changed(model, "block1.conv2.weight", lambda weight: weight * np.float32(0.99))
+    assert find_difference(trained, fp32, dataclasses.replace(decided, trained=True)) is None
