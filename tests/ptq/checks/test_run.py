@@ -28,7 +28,7 @@ def test_a_sound_graph_has_no_error_and_no_warning(tmp_path, dialect):
 
 def test_every_check_has_a_seeded_fault_or_is_a_report():
     reports = {"batch-dimension", "layer-coverage", "qdq-absent"}
-    with_own_tests = {"activation-depthwise"}
+    with_own_tests = {"activation-depthwise", "whole-operator"}
     seeded = {case.check for theme in SEEDED for case in theme.CASES.values()}
     assert seeded | reports | with_own_tests == {check.identifier for check in CHECKS}
 
