@@ -1,9 +1,9 @@
 """Is a sound graph of any family said to be sound, and one that saturates to saturate?
 
 Each network of `family_networks` is quantized with weights whose sums of two products fit 16 bits (`portable`) and with
-weights as they are (`native`), then the engine is compared with its file as every run does it. On a processor without
-VNNI `portable` must raise no alarm, and an alarm of `native` must name saturation. Weights are random, so is what the
-images show: what counts is the difference between engine and file.
+weights as they are (`native`), then the file is held against what was decided, and the engine against its file, as
+every run does it. On a processor without VNNI `portable` must raise no alarm, and an alarm of `native` must name
+saturation. Weights are random, so is what the images show: what counts is the difference between engine and file.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from ptq.engines import open_engine
 from ptq.engines.isa import current_isa
 from ptq.evaluation.parity import IMAGES, measure_parity
 from ptq.files import npy_from_array
+from ptq.graph.against_plan import Decisions, difference_in_file
 from ptq.graph.candidate import write_candidate
 from ptq.graph.pair_sums import limit_pair_sums
 from ptq.quantization.prepare_torch import write_template
@@ -64,9 +65,10 @@ def compared(network: Network) -> dict[str, Any]:
         graph = network.directory / f"{name}.onnx"
         write_candidate(template, graph, plan=prepared.plan, dialect="cpu", activation_amax=amax, metadata=METADATA)
         int8, started = logits(graph, "int8"), time.perf_counter()
+        decided = Decisions(plan=prepared.plan, dialect="cpu", amax=amax, biases={})
         parity = measure_parity(
             graph, images, fp32_logits=fp32, engine_logits=int8, engine=engine, threads=0, batch_size=BATCH,
-            float_remainder="fp32",
+            float_remainder="fp32", difference=difference_in_file(graph, network.path("fp32"), decided),
         )  # fmt: skip
         found[name] = {**to_jsonable(parity), "seconds": time.perf_counter() - started}
     return found

@@ -59,6 +59,7 @@ class Subject:
     options: argparse.Namespace
     quantization: QuantizationConfig
     directory: Path
+    whole_operators: bool = False
 
     def __post_init__(self) -> None:
         """Loads the model and the index of the images."""
@@ -79,6 +80,7 @@ class Subject:
             input_shape=self.shape,
             quantization=self.quantization,
             directory=self.directory,
+            whole_operators=self.whole_operators,
         )
         self.files: dict[str, Path] = dict(self.prepared.files)
         if self.quantization.equalization:
@@ -114,6 +116,11 @@ class Subject:
         chosen = [rows[i] for i in sampling.draw_stratified(labels, images=min(images, len(rows)), seed=seed)]
         pixels = decoding.decode_rows(chosen, root=str(self.index.root), preprocessing=self.preprocessing)
         return pixels, [[row.path, row.sha256] for row in chosen]
+
+    def calibration_inputs(self, *, seed: int = 0) -> np.ndarray:
+        """Returns the images that `histograms` reads as the network reads them."""
+        pixels, _ = self._drawn(self.options.calibration_images, seed=seed)
+        return network_input(pixels, mean=self.preprocessing.mean, std=self.preprocessing.std)
 
     def images(self, split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the first images of a stratified draw of a split as the network reads them, and their labels."""
@@ -166,9 +173,12 @@ class Subject:
         return path
 
 
-def temporary_subject(options: argparse.Namespace, quantization: QuantizationConfig | None = None) -> Subject:
+def temporary_subject(
+    options: argparse.Namespace, quantization: QuantizationConfig | None = None, *, whole_operators: bool = False
+) -> Subject:
     """Returns a subject in a new temporary folder."""
-    return Subject(options, quantization or QuantizationConfig(), Path(tempfile.mkdtemp(prefix="ptq-benchmark-")))
+    directory = Path(tempfile.mkdtemp(prefix="ptq-benchmark-"))
+    return Subject(options, quantization or QuantizationConfig(), directory, whole_operators)
 
 
 def write_result(options: argparse.Namespace, benchmark: str, found: Any) -> Path:

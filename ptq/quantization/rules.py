@@ -270,7 +270,7 @@ class _Placement:
     def _quantize_whole_operators(self) -> None:
         """What the operators of the onnxruntime dialect need besides is read quantized by all that reads it."""
         for tensor in dict.fromkeys(_tensors_of_whole_operators(self)):
-            if tensor.readers and not tensor.is_output and not self._is_quantized(tensor):
+            if not _ends_the_network(tensor) and not self._is_quantized(tensor):
                 readers = list(dict.fromkeys(reader.name for reader in tensor.readers))
                 self.groups[tensor] = _Group([tensor], tensor, readers, "onnxruntime")
 
@@ -395,6 +395,13 @@ def _tensors_of_whole_operators(placement: _Placement) -> Iterator[Tensor]:
             yield operation.outputs[0]
             for product in _gate_multiplications(operation):
                 yield from product.inputs
+
+
+def _ends_the_network(tensor: Tensor) -> bool:
+    """Whether a tensor is the output, or all that it becomes on the way there is moved."""
+    while tensor.is_private and tensor.readers[0].kind in _MOVING:
+        tensor = tensor.readers[0].outputs[0]
+    return tensor.is_output or not tensor.readers
 
 
 def _behind_relu(tensor: Tensor) -> Tensor:
