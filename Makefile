@@ -27,8 +27,8 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# One process more than there are cores, since some tests wait. Each has a Prefect server and S3 servers of its own; `make
-# test PROCESSES=5` on four cores.
+# One process more than there are cores, since some tests wait. Each has a Prefect server and S3 servers of its own;
+# `make test PROCESSES=5` on four cores.
 test: lint
 	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder --cov --cov-report=
 	$(BIN)/python -m tests.support.coverage_by_room

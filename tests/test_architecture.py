@@ -18,14 +18,18 @@ def house(**changes):
     return {name: draw_rooms.Room("What for?", uses=uses) for name, uses in {**HOUSE, **changes}.items()}
 
 
-def test_the_drawing_in_the_page_is_that_of_the_imports():
+@pytest.fixture(scope="module")
+def rooms():
+    return draw_rooms.rooms_of_the_code()
+
+
+def test_the_drawing_in_the_page_is_that_of_the_imports(rooms):
     page = draw_rooms.PAGE.read_text()
-    drawn = draw_rooms.with_drawing(page, draw_rooms.drawing(draw_rooms.rooms_of_the_code()))
+    drawn = draw_rooms.with_drawing(page, draw_rooms.drawing(rooms))
     assert page == drawn, "The imports have changed: `.venv/bin/python docs/draw_rooms.py` draws them again."
 
 
-def test_rooms_of_every_layer_were_found():
-    rooms = draw_rooms.rooms_of_the_code()
+def test_rooms_of_every_layer_were_found(rooms):
     assert {"ptq.errors", "ptq.numerics", "tasks.stages", "flows", "deployments"} <= rooms.keys()
     assert "ptq.records" in rooms["ptq.numerics"].uses
 

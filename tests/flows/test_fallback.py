@@ -131,6 +131,7 @@ def test_a_run_with_a_fallback_is_cached_like_any_other(checkpoints, image_folde
     assert {note["cached"] for note in notes} == {True}
 
 
+@pytest.mark.slow
 def test_a_method_chosen_per_layer_makes_a_model_acceptable_that_no_single_method_does(
     checkpoints, image_folder, store, tmp_path
 ):

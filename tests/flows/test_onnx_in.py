@@ -107,6 +107,7 @@ def test_a_second_run_from_an_empty_store_gives_the_same_bytes(finished, model, 
         assert first == second, name
 
 
+@pytest.mark.slow
 def test_a_changed_file_is_loaded_again(finished, model, image_folder):
     config, _, _ = finished
     before = model.read_bytes()

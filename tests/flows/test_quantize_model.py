@@ -143,6 +143,7 @@ def test_a_second_run_computes_nothing_and_ends_with_the_same_model(finished, ch
     assert after.best == before.best
 
 
+@pytest.mark.slow
 def test_a_changed_percentile_repeats_only_what_depends_on_it(finished, checkpoint, image_folder):
     config, _, _ = finished
     calibration = config.calibration.model_copy(update={"methods": ("percentile",), "percentiles": (99.0,)})
@@ -208,6 +209,7 @@ def test_a_run_whose_layers_stay_loose_says_which(checkpoint, image_folder, tmp_
     assert "not within 0.01 % after all 40 images of 1 of 1 draws" in report
 
 
+@pytest.mark.slow
 def test_another_weight_method_makes_another_graph_from_the_same_statistics(finished, checkpoint, image_folder):
     config, directory, _ = finished
     quantization = config.quantization.model_copy(update={"weight_method": "mse", "dialects": ("cpu",)})

@@ -44,7 +44,7 @@ def config_of(checkpoint, folder, directory, uri):
     )
 
 
-@pytest.mark.parametrize("s3_server", ["moto", pytest.param("rclone", marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.slow
 def test_a_second_machine_finds_the_stages_of_a_run_on_a_bucket_and_decodes_no_image(
     s3_uri, image_folder, tmp_path, monkeypatch, decoded
 ):

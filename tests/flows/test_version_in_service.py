@@ -72,6 +72,7 @@ def test_a_worse_checkpoint_stays_out_of_service_though_its_int8_is_as_good_as_i
     assert (third.decision, verdict.in_service) == ("accept", None)
 
 
+@pytest.mark.slow
 def test_an_equally_good_checkpoint_replaces_the_one_in_service_and_its_drift_is_told(
     in_service, trained, image_folder, tmp_path
 ):
@@ -85,6 +86,7 @@ def test_an_equally_good_checkpoint_replaces_the_one_in_service_and_its_drift_is
     assert store.latest("small")["replaced"] == in_service.version
 
 
+@pytest.mark.slow
 def test_a_network_with_other_classes_cannot_be_compared_and_is_not_published_in_place_of_it(
     in_service, trained, image_folder, tmp_path
 ):

@@ -362,6 +362,7 @@ def test_a_changed_image_that_was_drawn_repeats_all_but_the_other_splits_and_the
     assert computed(config) == {"index_images", "draw_calibration_images", *DOWN_FROM_DRAWS} - EXPORTED
 
 
+@pytest.mark.slow
 def test_a_changed_image_that_was_not_drawn_repeats_the_draw_alone(base, images):
     config, root = images
     repaint(root / drawn_and_other_image(base)[1].relative_to(base.data.path))

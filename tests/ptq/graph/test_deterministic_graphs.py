@@ -49,13 +49,15 @@ FILES = [
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    found = []
-    for seed in ("1", "2"):
-        folder = tmp_path_factory.mktemp(f"store{seed}")
-        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        subprocess.run([sys.executable, "-c", PROGRAM, str(folder)], check=True, cwd=ROOT, env=environment)
-        found.append(folder)
-    return found
+    """What this process writes, and another one."""
+    here, there = (tmp_path_factory.mktemp(name) for name in ("here", "there"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["", str(here)])
+        exec(PROGRAM, {})
+    # A hash seed that this process has not, unless by a chance of one to four thousand million.
+    environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", PROGRAM, str(there)], check=True, cwd=ROOT, env=environment)
+    return here, there
 
 
 @pytest.mark.parametrize("name", FILES)
