@@ -23,7 +23,11 @@ def _residual_add(subject: Subject) -> Found:
             yield add.node, "This residual add has the convolution's branch quantized, and the identity branch bare."
 
 
-@check("whole-operator", "error", "Write the file in the dialect onnxruntime: `--dialect onnxruntime`.")
+@check(
+    "whole-operator",
+    "error",
+    "Write the file with `--dialect onnxruntime`; a network that torch.fx cannot trace has to come as ONNX for it.",
+)
 def _whole_operator(subject: Subject) -> Found:
     graph = subject.graph
     if subject.dialect != "onnxruntime":
@@ -35,8 +39,7 @@ def _whole_operator(subject: Subject) -> Found:
         written += [add.node]
     for node in written:
         last = _behind_clip(node)
-        is_output = any(tensor.name in graph.output_names for tensor in last.outputs)
-        if not is_output and not graph.is_only_quantized(last) and not subject.is_allowed(node):
+        if graph.comes_before_a_layer(last) and not graph.is_only_quantized(last) and not subject.is_allowed(node):
             yield node, f"What this {node.op} writes is read without a Q, so that ONNX Runtime runs it in float."
 
 

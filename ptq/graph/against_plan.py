@@ -17,11 +17,15 @@ from ptq.config import Dialect, WeightMethod
 from ptq.dialect import amax_bound, zero_point_of
 from ptq.graph.candidate import bias_names, layer_nodes
 from ptq.graph.operations import COMMUTING, DEQUANTIZE, QUANTIZE
+from ptq.graph.whole_operators import AGAIN, least_scale
 from ptq.records.parity import Cause, Parting
 from ptq.records.plan import PlacementPlan, QuantizerSpec
 
-# By how much a weight's scale may exceed max |w| / 127: keeping sums within 16 bits takes 7 bits at most.
+# By how much a weight's scale may exceed max |w| / 127. Two weights of 64 steps keep any sum within 16 bits, so that a
+# scale grows by 2 at most; the rest is rounding.
 _LARGEST_GROWTH = 2.02
+# Below it a float has fewer digits, and below it no scale lies.
+_SMALLEST = float(np.finfo(np.float32).tiny)
 # Least squared error clips a channel's largest weights; below this share of max |w| it never does.
 _LEAST_MSE = 0.2
 _ROUNDING = 1e-5
@@ -58,23 +62,38 @@ class _Graph:
         """A constant's numbers."""
         return numpy_helper.to_array(self.values[name]) if name in self.values else None
 
-    def is_quantized(self, tensor: str) -> bool:
-        """Whether a tensor is dequantized, with only operators between that move or compare its numbers."""
+    def bias(self, name: str) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """A bias, and the steps that it is stored in where it is an integer."""
+        dequantize = self.writers.get(name)
+        if dequantize is None or dequantize.op_type != DEQUANTIZE:
+            return self.array(name), None
+        codes, step = (self.array(each) for each in dequantize.input[:2])
+        return (None, None) if codes is None or step is None else (codes * step.astype(np.float64), step)
+
+    def scales_behind(self, tensor: str) -> set[str]:
+        """The scales of the DQs that a tensor comes from; none where a number is computed on the way, or is bare."""
+        scales: set[str] = set()
         seen: set[str] = set()
         pending = [tensor]
         while pending:
             name = pending.pop()
             node = self.writers.get(name)
-            if node is None or name in seen:
-                return False
+            if name in seen:
+                continue
             seen.add(name)
-            if node.op_type == "Concat":
+            if node is not None and node.op_type == "Concat":
                 pending += node.input
-            elif node.op_type in (*COMMUTING, "Pad"):
+            elif node is not None and node.op_type in (*COMMUTING, "Pad"):
                 pending.append(node.input[0])
-            elif node.op_type != DEQUANTIZE:
-                return False
-        return True
+            elif node is not None and node.op_type == DEQUANTIZE:
+                scales.add(node.input[1])
+            else:
+                return set()
+        return scales
+
+    def is_quantized(self, tensor: str) -> bool:
+        """Whether a tensor is dequantized, with only operators between that move or compare its numbers."""
+        return bool(self.scales_behind(tensor))
 
 
 def find_difference(model: onnx.ModelProto, fp32: onnx.ModelProto, decided: Decisions) -> Parting | None:
@@ -86,12 +105,16 @@ def find_difference(model: onnx.ModelProto, fp32: onnx.ModelProto, decided: Deci
         decided: what it was written from.
     """
     graph, exact = _Graph(model), _Graph(fp32)
-    plan = decided.plan.of_dialect(decided.dialect)
+    plan, nodes = decided.plan.of_dialect(decided.dialect), layer_nodes(model, decided.plan)
+    biases = {
+        **bias_names(model, plan),
+        **{layer: node.input[2] for layer, node in nodes.items() if len(node.input) > 2},
+    }
     checks = (
         *(_activation(graph, spec, decided) for spec in plan.activations),
-        *(_weight(graph, exact, spec, decided) for spec in plan.weights),
-        _layers(graph, model, plan),
-        _biases(graph, exact, bias_names(model, plan), decided),
+        *(_weight(graph, exact, spec, biases.get(spec.readers[0], ""), decided) for spec in plan.weights),
+        _layers(graph, nodes, plan),
+        _biases(graph, exact, biases, decided),
         _adds(graph, plan, decided.dialect),
     )
     return next((found for check in checks for found in check), None)
@@ -105,10 +128,10 @@ def difference_in_file(graph: Path, fp32: Path, decided: Decisions) -> Parting |
 def _activation(graph: _Graph, spec: QuantizerSpec, decided: Decisions) -> Iterator[Parting]:
     scale, zero_point = f"{spec.name}.scale", f"{spec.name}.zero_point"
     pairs = [node for node in graph.nodes if node.op_type == QUANTIZE and node.input[1] == scale]
-    if len(spec.tensors) > 1:  # ONNX Runtime is given one more behind a concat of them
-        pairs = [node for node in pairs if getattr(graph.writers.get(node.input[0]), "op_type", "") != "Concat"]
-    if len(pairs) != len(spec.tensors or spec.readers):
-        yield _at(spec.name, "placement", f"{len(pairs)} quantizers of it are there, {len(spec.tensors)} were placed")
+    pairs = [node for node in pairs if not node.name.endswith(AGAIN)]
+    # A network that could not be traced has no tensors: its layers may be called any number of times.
+    if len(pairs) != len(spec.tensors) if spec.tensors else not pairs:
+        yield _at(spec.name, "placement", f"{len(pairs)} quantizers of it are there, not {len(spec.tensors) or 'one'}")
         return
     expected = np.float32(decided.amax[spec.name] / amax_bound(spec, decided.dialect))
     found, centre = graph.array(scale), graph.array(zero_point)
@@ -127,14 +150,17 @@ def _activation(graph: _Graph, spec: QuantizerSpec, decided: Decisions) -> Itera
             yield _at(spec.name, "scale", "it is dequantized with other numbers than it is quantized with")
 
 
-def _weight(graph: _Graph, exact: _Graph, spec: QuantizerSpec, decided: Decisions) -> Iterator[Parting]:
+def _weight(graph: _Graph, exact: _Graph, spec: QuantizerSpec, bias: str, decided: Decisions) -> Iterator[Parting]:
     layer, axis = spec.readers[0], spec.axis or 0
     weight, scale = graph.array(f"{layer}.weight"), graph.array(f"{layer}.weight.scale")
     quantize = next((node for node in graph.readers.get(f"{layer}.weight", ()) if node.op_type == QUANTIZE), None)
     if weight is None or scale is None or quantize is None:
         yield _at(layer, "float", "its weight has no quantizer")
         return
-    given = next((each.i for each in quantize.attribute if each.name == "axis"), 1)
+    given = _axis_of(quantize)
+    for dequantize in graph.readers.get(quantize.output[0], ()):
+        if list(dequantize.input[1:]) != list(quantize.input[1:]) or _axis_of(dequantize) != given:
+            yield _at(layer, "scale", "its weight is dequantized with other numbers than it is quantized with")
     if scale.size > 1 and (given % weight.ndim != axis or scale.size != weight.shape[axis]):
         yield _at(layer, "axis", f"its {scale.size} scales lie along axis {given} of {weight.shape}, expected {axis}")
         return
@@ -143,8 +169,10 @@ def _weight(graph: _Graph, exact: _Graph, spec: QuantizerSpec, decided: Decision
         yield _at(layer, "zero point", "the zero point of its weight is not 0")
     largest = np.abs(np.moveaxis(weight, axis, 0)).reshape(weight.shape[axis], -1).max(axis=1)
     least = largest / 127 * (_LEAST_MSE if decided.weight_method == "mse" else 1 - _ROUNDING)
-    alive = largest > 0
-    wrong = alive & ((scale < least) | (scale > largest / 127 * _LARGEST_GROWTH)) if scale.size == largest.size else []
+    most = np.maximum(largest / 127, _SMALLEST) * _LARGEST_GROWTH
+    if decided.dialect == "onnxruntime":
+        most = np.maximum(most, 1.01 * _needed_by_bias(graph, layer, bias, decided, largest.size))
+    wrong = (largest > 0) & ((scale < least) | (scale > most)) if scale.size == largest.size else []
     if np.any(wrong):
         first = int(np.flatnonzero(wrong)[0])
         yield _at(
@@ -155,35 +183,59 @@ def _weight(graph: _Graph, exact: _Graph, spec: QuantizerSpec, decided: Decision
         )
     original = exact.array(f"{layer}.weight")
     if original is not None and original.shape == weight.shape and not decided.trained:
-        changed = np.frexp(weight)[0] != np.frexp(original)[0]
+        changed = _differ(weight, original)
         if changed.any():
             yield _at(layer, "weight", f"{int(changed.sum())} of {changed.size} weights are not the network's")
 
 
-def _layers(graph: _Graph, model: onnx.ModelProto, plan: PlacementPlan) -> Iterator[Parting]:
-    """Layers that read something bare, though the plan quantizes it."""
-    found = layer_nodes(model, plan)
+def _axis_of(node: onnx.NodeProto) -> int:
+    return next((each.i for each in node.attribute if each.name == "axis"), 1)
+
+
+def _needed_by_bias(graph: _Graph, layer: str, name: str, decided: Decisions, outputs: int) -> np.ndarray:
+    """The weight scales that a layer's biases ask for in the onnxruntime dialect; 0 where it is not known."""
+    specs = {spec.name: spec for spec in decided.plan.activations}
+    read = next((specs.get(found.quantizer) for found in decided.plan.layer_inputs if found.layer == layer), None)
+    bias, _ = graph.bias(name)
+    if read is None or bias is None or bias.size != outputs:
+        return np.zeros(outputs)
+    return least_scale(bias, np.array(decided.amax[read.name] / amax_bound(read, decided.dialect)))
+
+
+def _differ(found: np.ndarray, original: np.ndarray) -> np.ndarray:
+    """Where two arrays differ by more than powers of two; numbers so small that these cost digits are let pass."""
+    tiny = (np.abs(found) < _SMALLEST * 2**12) & (np.abs(original) < _SMALLEST * 2**12)
+    return (np.frexp(found)[0] != np.frexp(original)[0]) & ~tiny
+
+
+def _layers(graph: _Graph, found: Mapping[str, onnx.NodeProto], plan: PlacementPlan) -> Iterator[Parting]:
+    """Layers that read something bare, or another quantizer than the plan gives them."""
+    scales = {each.layer: f"{each.quantizer}.scale" for each in plan.layer_inputs}
+    wanted = {layer: scale for layer, scale in scales.items() if scale in graph.values}
     for layer in plan.quantized_layers:
         if layer not in found:
             yield _at(layer, "float", "its weight is read without its quantizer")
         elif not graph.is_quantized(found[layer].input[0]):
             yield _at(layer, "float", "what it reads has no quantizer")
+        elif layer in wanted and wanted[layer] not in (names := graph.scales_behind(found[layer].input[0])):
+            yield _at(layer, "placement", f"it reads {', '.join(sorted(names))}, expected {wanted[layer]}")
 
 
 def _biases(graph: _Graph, exact: _Graph, names: Mapping[str, str], decided: Decisions) -> Iterator[Parting]:
     for layer, name in names.items():
-        bias, original = graph.array(name), exact.array(f"{layer}.bias")
-        wanted = decided.biases.get(layer)
+        bias, step = graph.bias(name)
+        original, corrected = exact.array(f"{layer}.bias"), decided.biases.get(layer)
         if bias is None:
             continue
-        if wanted is not None:
-            is_same = np.array_equal(bias, np.asarray(wanted, dtype=np.float32))
-        elif original is None or original.shape != bias.shape or decided.trained:
-            continue
+        if corrected is not None:
+            least = 0 if step is None else 0.51 * step
+            wrong = np.abs(bias - np.asarray(corrected, dtype=np.float32)) > least
+        elif original is not None and original.shape == bias.shape and step is None and not decided.trained:
+            wrong = _differ(bias, original)
         else:
-            is_same = np.array_equal(np.frexp(bias)[0], np.frexp(original)[0])
-        if not is_same:
-            what = "those corrected for it" if wanted is not None else "the network's"
+            continue
+        if wrong.any():
+            what = "those corrected for it" if corrected is not None else "the network's"
             yield _at(layer, "bias", f"its biases are not {what}")
 
 
@@ -197,7 +249,9 @@ def _adds(graph: _Graph, plan: PlacementPlan, dialect: Dialect) -> Iterator[Part
     }
     whole = sum(count == wanted for count in counts.values())
     if whole < plan.quantized_residual_adds:
-        name = next(name for name, count in counts.items() if count != wanted)
+        name = next((name for name, count in counts.items() if count != wanted), None)
+        if name is None:  # the exporter has made one of two
+            return
         yield _at(
             name, "placement", f"{counts[name]} of its operands are quantized, {wanted} make one step of the engine"
         )

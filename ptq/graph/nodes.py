@@ -165,15 +165,19 @@ def module_names(node: Node, weight: Tensor | None = None) -> set[str]:
     return names - {""}
 
 
+# Against the largest weight of its layer: such a channel carries nothing, whatever its scale.
+_NEARLY_DEAD = 1e-6
+
+
 def channel_ratios(values: np.ndarray, step: np.ndarray, axis: int) -> np.ndarray:
-    """Returns max|w| / (127 * step) of every channel along `axis` that is not all zero.
+    """Returns max|w| / (127 * step) of each channel along `axis`, but for the dead and those with next to no weight.
 
     >>> channel_ratios(np.array([[127.0, -1.0], [0.0, 254.0]]), np.array([1.0, 1.0]), 0)
     array([1., 2.])
     """
     others = tuple(index for index in range(values.ndim) if index != axis)
     largest = np.abs(values.astype(np.float64)).max(axis=others, initial=0.0)
-    return (largest / (127 * step.ravel()))[largest > 0]
+    return (largest / (127 * step.ravel()))[largest > _NEARLY_DEAD * largest.max(initial=0.0)]
 
 
 def better_axis(values: np.ndarray, step: np.ndarray, axis: int) -> int | None:

@@ -345,6 +345,19 @@ class QdqGraph:
                 return all(reader.op in EPILOGUE for reader in operand.outputs)
         return False
 
+    def comes_before_a_layer(self, node: Node) -> bool:
+        """Tells whether a layer with weights reads what the node writes, or what is computed from it."""
+        layers, seen = {id(layer.node) for layer in self.layers}, set[int]()
+        waiting = [reader for tensor in node.outputs for reader in tensor.outputs]
+        while waiting:
+            reader = waiting.pop()
+            if id(reader) in layers:
+                return True
+            if id(reader) not in seen:
+                seen.add(id(reader))
+                waiting += [behind for tensor in reader.outputs for behind in tensor.outputs]
+        return False
+
     def is_only_quantized(self, node: Node) -> bool:
         """Tells whether every reader of what the node writes is a Q, with commuting operators only between."""
         readers = list(self._readers(node))

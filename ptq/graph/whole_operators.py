@@ -5,17 +5,20 @@ input, or the output, is not quantized. The quantizers that this takes are place
 the dialect `onnxruntime`; here they are removed for the other dialects, and wired for this one.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import onnx
+from jaxtyping import Float
 from onnx import helper, numpy_helper
 
-from ptq.graph.operations import DEQUANTIZE, QUANTIZE
+from ptq.graph.operations import COMMUTING, CONVOLUTIONS, DEQUANTIZE, QUANTIZE
 
-# Of a channel whose weights are all zero; and what an int32 holds.
+# The name of the Q behind a concat ends so.
+AGAIN = ".quantize_again"
 _SMALLEST_STEP = float(np.finfo(np.float32).tiny)
-_LARGEST_CODE = 2**31 - 1
+# Half of what an int32 holds: the products are added to the bias.
+_LARGEST_CODE = 2**30
 
 
 def remove_pairs_(model: onnx.ModelProto, names: Collection[str]) -> None:
@@ -25,6 +28,8 @@ def remove_pairs_(model: onnx.ModelProto, names: Collection[str]) -> None:
         model: a Q/DQ graph whose scales are named `<quantizer>.scale`.
         names: of the quantizers.
     """
+    if not names:
+        return
     graph, scales = model.graph, {f"{name}.scale" for name in names}
     bare: dict[str, str] = {}
     kept = []
@@ -46,6 +51,7 @@ def quantize_whole_operators_(model: onnx.ModelProto) -> None:
     """Lets every reader of a quantized tensor read it quantized, and quantizes concats of such and biases of Gemm."""
     _share_pairs_(model.graph)
     _quantize_concats_(model.graph)
+    _widen_scales_(model.graph)
     _quantize_biases_(model.graph)
 
 
@@ -87,37 +93,75 @@ def _quantize_concats_(graph: onnx.GraphProto) -> None:
         (output,), ((scale, zero_point),) = node.output, grids
         codes, renamed[output] = f"{output}.quantized", f"{output}.dequantized"
         ordered += [
-            helper.make_node(QUANTIZE, [output, scale, zero_point], [codes], name=f"{output}.quantize"),
-            helper.make_node(DEQUANTIZE, [codes, scale, zero_point], [renamed[output]], name=f"{output}.dequantize"),
+            helper.make_node(QUANTIZE, [output, scale, zero_point], [codes], name=f"{output}{AGAIN}"),
+            helper.make_node(
+                DEQUANTIZE, [codes, scale, zero_point], [renamed[output]], name=f"{output}.dequantize_again"
+            ),
         ]
         dequantizes[renamed[output]] = ordered[-1]
     _set_nodes_(graph, ordered)
 
 
+def _widen_scales_(graph: onnx.GraphProto) -> None:
+    """Weight scales at which each bias fits an int32 in steps of its products: larger ones for nearly dead channels."""
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    writers = {name: node for node in graph.node for name in node.output}
+    for node in graph.node:
+        if node.op_type not in (*CONVOLUTIONS, "Gemm") or len(node.input) < 3 or node.input[2] not in constants:
+            continue
+        scales = [_scale_behind(name, writers) for name in node.input[:2]]
+        if any(name not in constants for name in scales):
+            continue
+        step, scale = (numpy_helper.to_array(constants[name]) for name in scales)
+        bias = np.abs(numpy_helper.to_array(constants[node.input[2]]))
+        if step.size != 1 or scale.size not in (1, bias.size):
+            continue
+        least = least_scale(bias, step)
+        widened = np.maximum(scale, least if scale.size > 1 else least.max()).astype(np.float32)
+        constants[scales[1]].CopyFrom(numpy_helper.from_array(widened.reshape(scale.shape), scales[1]))
+
+
+def least_scale(bias: Float[np.ndarray, " out"], step: Float[np.ndarray, "..."]) -> Float[np.ndarray, " out"]:
+    """Returns the least weight scale of each output channel at which its bias fits an int32.
+
+    Args:
+        bias: in activation units.
+        step: the scale of what the layer reads.
+    """
+    return np.abs(bias) / (step.ravel()[0].astype(np.float64) * _LARGEST_CODE)
+
+
+def _scale_behind(tensor: str, writers: Mapping[str, onnx.NodeProto]) -> str:
+    """The scale of the DQ that a tensor comes from, empty where there is none."""
+    while tensor in writers and writers[tensor].op_type in COMMUTING:
+        tensor = writers[tensor].input[0]
+    node = writers.get(tensor)
+    return node.input[1] if node is not None and node.op_type == DEQUANTIZE else ""
+
+
 def _quantize_biases_(graph: onnx.GraphProto) -> None:
     """The bias of a Gemm in steps of its products, which ONNX Runtime does by itself for convolutions alone."""
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    scales = {node.output[0]: constants.get(node.input[1]) for node in graph.node if node.op_type == DEQUANTIZE}
+    writers = {name: node for node in graph.node for name in node.output}
     ordered: list[onnx.NodeProto] = []
     for node in graph.node:
-        of_products = [scales.get(name) for name in node.input[:2]]
-        if node.op_type == "Gemm" and None not in of_products and len(node.input) > 2 and node.input[2] in constants:
-            name = node.input[2]
-            bias = numpy_helper.to_array(constants[name])
-            step = np.float32(1) * np.multiply(*(numpy_helper.to_array(scale) for scale in of_products if scale))
-            step = np.broadcast_to(np.maximum(step, _SMALLEST_STEP), bias.shape)
-            codes = np.clip(np.rint(bias / step.astype(np.float64)), -_LARGEST_CODE, _LARGEST_CODE).astype(np.int32)
-            graph.initializer.extend(
-                [
-                    numpy_helper.from_array(codes, f"{name}.codes"),
-                    numpy_helper.from_array(np.ascontiguousarray(step, dtype=np.float32), f"{name}.scale"),
-                ]
-            )
-            pair = [f"{name}.codes", f"{name}.scale"], [f"{name}.dequantized"]
-            ordered.append(helper.make_node(DEQUANTIZE, *pair, name=f"{name}.dequantize", axis=0))
-            node.input[2] = f"{name}.dequantized"
+        scales = [_scale_behind(name, writers) for name in node.input[:2]] if node.op_type == "Gemm" else [""]
+        if all(name in constants for name in scales) and len(node.input) > 2 and node.input[2] in constants:
+            bias = numpy_helper.to_array(constants[node.input[2]])
+            step = np.multiply(*(numpy_helper.to_array(constants[name]) for name in scales))
+            step = np.broadcast_to(np.maximum(step, _SMALLEST_STEP), bias.shape).astype(np.float32)
+            codes = np.rint(bias / step.astype(np.float64)).astype(np.int32)
+            name = node.output[0]
+            for suffix, values in (("codes", codes), ("scale", np.ascontiguousarray(step))):
+                graph.initializer.append(numpy_helper.from_array(values, f"{name}.bias.{suffix}"))
+            pair = [f"{name}.bias.codes", f"{name}.bias.scale"], [f"{name}.bias.dequantized"]
+            ordered.append(helper.make_node(DEQUANTIZE, *pair, name=f"{name}.bias.dequantize", axis=0))
+            node.input[2] = f"{name}.bias.dequantized"
         ordered.append(node)
     _set_nodes_(graph, ordered)
+    read = {name for node in graph.node for name in node.input}
+    for tensor in [tensor for tensor in graph.initializer if tensor.name not in read]:
+        graph.initializer.remove(tensor)
 
 
 def _set_nodes_(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:

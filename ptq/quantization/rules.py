@@ -261,6 +261,7 @@ class _Placement:
             self._quantize_whole_operators()
         order = {tensor: position for position, tensor in enumerate(self.view.tensors.values())}
         unique = {id(group): group for group in self.groups.values()}
+        assert len({group.observed for group in unique.values()}) == len(unique)
         for group in sorted(unique.values(), key=lambda group: order[group.observed]):
             never_negative = all(tensor.never_negative for tensor in group.tensors)
             tensors = tuple(tensor.name for tensor in group.tensors)
@@ -275,10 +276,13 @@ class _Placement:
                 self.groups[tensor] = _Group([tensor], tensor, readers, "onnxruntime")
 
     def _is_quantized(self, tensor: Tensor) -> bool:
-        """Whether a tensor has a quantizer, or what it is moved from."""
+        """Whether a tensor has a quantizer, or what it is moved from has, or all that it joins have the same one."""
         while tensor not in self.groups and tensor.producer is not None and tensor.producer.kind in _COMMUTING:
             tensor = tensor.producer.inputs[0]
-        return tensor in self.groups
+        if tensor in self.groups or tensor.producer is None or tensor.producer.kind != "concat":
+            return tensor in self.groups
+        joined = [self.groups.get(operand) for operand in tensor.producer.inputs]
+        return joined[0] is not None and all(group is joined[0] for group in joined)
 
     def _move_before_commuting(self, behind: Tensor) -> None:
         """A quantizer before a max pool or a permutation lets it run in INT8."""
@@ -303,6 +307,9 @@ class _Placement:
         if group is None or concat is None or concat.kind != "concat" or group.tensors != [tensor]:
             return
         if any(not operand.is_private or operand in self.groups for operand in concat.inputs):
+            return
+        # An addition that reads it in float would find both of its operands quantized.
+        if any(is_sum(reader) and reader.name not in group.readers for reader in tensor.readers):
             return
         del self.groups[tensor]
         group.tensors, group.readers = list(concat.inputs), [concat.name]
@@ -398,21 +405,26 @@ def _tensors_of_whole_operators(placement: _Placement) -> Iterator[Tensor]:
 
 
 def _ends_the_network(tensor: Tensor) -> bool:
-    """Whether a tensor is the output, or all that it becomes on the way there is moved."""
-    while tensor.is_private and tensor.readers[0].kind in _MOVING:
-        tensor = tensor.readers[0].outputs[0]
-    return tensor.is_output or not tensor.readers
+    """Whether no layer comes behind a tensor: the output does, or a softmax before it, which stay in float."""
+    seen: set[Operation] = set()
+    pending = list(tensor.readers)
+    while pending:
+        operation = pending.pop()
+        if operation.layer:
+            return False
+        if operation not in seen:
+            seen.add(operation)
+            pending += [reader for output in operation.outputs for reader in output.readers]
+    return True
 
 
 def _behind_relu(tensor: Tensor) -> Tensor:
     """The tensor once a ReLU has clipped it, which is a quantizer's part where the ReLU alone reads it."""
-    while tensor.is_private:
-        (reader,) = tensor.readers
-        clips = reader.channels.how in ("kept", "clipped") and reader.outputs[0].never_negative
-        if reader.kind != "other" or not clips:
-            break
-        tensor = reader.outputs[0]
-    return tensor
+    if not tensor.is_private or tensor.never_negative:
+        return tensor
+    (reader,) = tensor.readers
+    clips = reader.channels.how in ("kept", "clipped") and reader.outputs[0].never_negative
+    return reader.outputs[0] if reader.kind == "other" and clips else tensor
 
 
 RULES = (

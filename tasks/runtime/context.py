@@ -72,8 +72,9 @@ class RunContext(StageContext):
 
     @property
     def cpu_runtimes(self) -> tuple[Runtime, ...]:
-        """The runtimes for whose kernels weights keep within 16 bits: those of the dialects."""
-        return runtimes_of(self.dialects)
+        """The runtimes for whose kernels weights keep within 16 bits: the engine's own, and those of the dialects."""
+        own: Runtime = "onnxruntime" if self.identity.name == "onnxruntime" else "openvino"
+        return tuple(dict.fromkeys((own, *runtimes_of(self.dialects))))
 
     @property
     def evaluates_isas(self) -> bool:

@@ -79,7 +79,7 @@ def prepare_model(class_names: tuple[str, ...], has_named_classes: bool, *, run:
     )
 
 
-@stage(returns=ModelRecord, timeout_seconds=3600, uses=("normalization",), ignores=("threads",))
+@stage(returns=ModelRecord, timeout_seconds=3600, uses=("dialect", "normalization"), ignores=("threads",))
 def equalize_channels(
     model: ModelRecord, reference: ModelRecord, draws: CalibrationDraws, *, run: RunContext
 ) -> ModelRecord:
@@ -100,6 +100,9 @@ def equalize_channels(
         std=run.normalization.std,
         threads=run.threads,
     )
+    # What graphs of other dialects alone have has no say, so that this dialect's graph is the same without them.
+    known = {spec.name for spec in plan.of_dialect(run.dialect).activations}
+    ranges = {name: found for name, found in ranges.items() if name in known}
     equalize = partial(equalize_model, name=model.name, num_classes=model.num_classes, input_shape=model.input_shape)
     with tempfile.TemporaryDirectory() as directory:
         files, changed = (equalize_onnx_model if model.source == "onnx" else equalize)(

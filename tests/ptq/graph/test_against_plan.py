@@ -167,3 +167,40 @@ def test_weights_that_training_has_changed_are_not_held_against_the_network(soun
     model, fp32, decided = sound
     trained = changed(model, "block1.conv2.weight", lambda weight: weight * np.float32(0.99))
     assert find_difference(trained, fp32, dataclasses.replace(decided, trained=True)) is None
+
+
+def test_weights_too_small_for_all_their_digits_are_let_pass(sound):
+    model, fp32, decided = sound
+
+    def shrunk(weight):
+        weight[3, 0, 0, 0] = np.float32(1.3e-40)
+        return weight
+
+    small = changed(model, "block1.conv2.weight", lambda weight: shrunk(weight) * np.float32(0.125))
+    small = changed(small, "block1.conv2.weight.scale", lambda scale: scale / 8)
+    assert find_difference(small, changed(fp32, "block1.conv2.weight", shrunk), decided) is None
+
+
+def test_a_weight_that_is_dequantized_with_another_scale_is_named(sound):
+    model, fp32, decided = sound
+    other = changed(model, "block1.conv2.bias", lambda bias: bias)
+    for node in other.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[1] == "block1.conv2.weight.scale":
+            node.input[1] = "block2.conv1.weight.scale"
+    found = find_difference(other, fp32, decided)
+    assert (found.layer, found.cause) == ("block1.conv2", "scale")
+
+
+def test_a_layer_that_reads_another_quantizer_is_named(sound):
+    model, fp32, decided = sound
+    other = changed(model, "block1.conv2.bias", lambda bias: bias)
+    writers = {name: node for node in other.graph.node for name in node.output}
+    by_weight = {
+        writers[node.input[1]].input[1]: node
+        for node in other.graph.node
+        if node.op_type == "Conv" and writers[node.input[1]].op_type == "DequantizeLinear"
+    }
+    first, second = (by_weight[f"block1.conv{number}.weight.scale"] for number in (1, 2))
+    second.input[0] = first.input[0]
+    found = find_difference(other, fp32, decided)
+    assert (found.layer, found.cause) == ("block1.conv2", "placement")
