@@ -7,47 +7,22 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from networks import PLACEMENT
+from candidates import calibrated
 from onnx import helper, numpy_helper
 
-from ptq.dialect import observed_names
-from ptq.graph.against_plan import Decisions, find_difference
-from ptq.graph.candidate import write_candidate
-from ptq.graph.pair_sums import limit_pair_sums
-from ptq.networks.export import export_onnx, export_qdq_template
-from ptq.networks.fake_quant import fake_quant_from_folded, weight_amax
-from ptq.networks.folding import fold_model
-from ptq.networks.observed import observed_from_folded
-from ptq.quantization.rules import place_quantizers
-from ptq.quantization.torch_view import view_of
+from ptq.graph.against_plan import find_difference
 
-SHAPE = (3, 24, 24)
 DIALECTS = ("cpu", "onnxruntime", "tensorrt")
 
 
 @pytest.fixture(scope="module", params=DIALECTS)
 def sound(request, tmp_path_factory):
     """A candidate as it should be, the FP32 graph, and what it was written from."""
-    folder, dialect = tmp_path_factory.mktemp("sound"), request.param
-    folded = fold_model(networks.small_resnet(), input_shape=SHAPE)
-    plan = place_quantizers(view_of(folded.module), **PLACEMENT, whole_operators=True)
-    images = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        _, *tensors = observed_from_folded(folded.module, plan)(images)
-    amax = {name: float(seen.abs().max()) + 1e-3 for name, seen in zip(observed_names(plan), tensors, strict=True)}
-    fake_quant = fake_quant_from_folded(
-        folded.module, plan, dialect="tensorrt", activation_amax=amax, weight_amax=weight_amax(folded.module, plan)
-    )
-    export_qdq_template(fake_quant, folder / "native.onnx", plan=plan, input_shape=SHAPE)
-    template = folder / "template.onnx"
-    limit_pair_sums(folder / "native.onnx", template, plan=plan)
+    images = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    network = calibrated(networks.small_resnet(), tmp_path_factory.mktemp("sound"), images)
     biases = {"block1.conv1": np.linspace(-1, 1, 8, dtype=np.float32)}
-    write_candidate(
-        template, folder / "c.onnx", plan=plan, dialect=dialect, activation_amax=amax, metadata={}, biases=biases
-    )
-    export_onnx(folded.module, folder / "fp32.onnx", input_shape=SHAPE)
-    decided = Decisions(plan=plan, dialect=dialect, amax=amax, biases=biases)
-    return onnx.load(folder / "c.onnx"), onnx.load(folder / "fp32.onnx"), decided
+    path = network.write(request.param, biases)
+    return onnx.load(path), onnx.load(network.fp32), network.decided(request.param, biases)
 
 
 def changed(model, name, change):

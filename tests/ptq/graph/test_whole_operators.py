@@ -7,27 +7,22 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from candidates import calibrated
 from networks import PLACEMENT
 from torch import nn
 from torch.nn import functional as F
 
 from ptq.checks.run import check_graph
 from ptq.config import QuantizationConfig
-from ptq.dialect import observed_names
 from ptq.engines import open_engine, open_reference
-from ptq.graph.against_plan import Decisions, find_difference
-from ptq.graph.candidate import write_candidate
-from ptq.graph.pair_sums import limit_pair_sums
-from ptq.networks.export import export_onnx, export_qdq_template
-from ptq.networks.fake_quant import fake_quant_from_folded, weight_amax
+from ptq.graph.against_plan import find_difference
+from ptq.networks.export import export_onnx
 from ptq.networks.folding import fold_model
-from ptq.networks.observed import observed_from_folded
 from ptq.numerics.metrics import sqnr_db
 from ptq.quantization.prepare_onnx import prepare_onnx_model
 from ptq.quantization.rules import place_quantizers
 from ptq.quantization.torch_view import view_of
 
-METADATA = {"checkpoint_sha256": "0" * 64, "method": "max", "trial": "0"}
 SIDE = 32
 SHAPE = (3, SIDE, SIDE)
 IMAGES = torch.randn(8, *SHAPE, generator=torch.Generator().manual_seed(1))
@@ -126,28 +121,12 @@ class Dead(nn.Module):
         return self.head(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
 
 
-def candidate(model, directory, dialect, *, whole_operators=True):
-    """A candidate of a network calibrated on random images, and the FP32 graph."""
-    folded = fold_model(model, input_shape=SHAPE)
-    plan = place_quantizers(view_of(folded.module), **PLACEMENT, whole_operators=whole_operators)
-    assert len({spec.name for spec in plan.quantizers}) == len(plan.quantizers)
-    with torch.inference_mode():
-        _, *tensors = observed_from_folded(folded.module, plan)(IMAGES)
-    amax = {name: float(seen.abs().max()) + 1e-3 for name, seen in zip(observed_names(plan), tensors, strict=True)}
-    fake_quant = fake_quant_from_folded(
-        folded.module, plan, dialect="tensorrt", activation_amax=amax, weight_amax=weight_amax(folded.module, plan)
-    )
-    export_qdq_template(fake_quant, directory / "native.onnx", plan=plan, input_shape=SHAPE)
-    both = ("openvino", "onnxruntime")
-    limit_pair_sums(directory / "native.onnx", directory / "template.onnx", plan=plan, runtimes=both)
-    path, fp32 = directory / f"{dialect}.onnx", directory / "fp32.onnx"
-    write_candidate(
-        directory / "template.onnx", path, plan=plan, dialect=dialect, activation_amax=amax, metadata=METADATA
-    )
-    export_onnx(folded.module, fp32, input_shape=SHAPE)
-    decided = Decisions(plan=plan, dialect=dialect, amax=amax, biases={})
-    assert find_difference(onnx.load(path), onnx.load(fp32), decided) is None
-    return path, fp32
+def candidate(model, directory, dialect, **options):
+    """A candidate of a network calibrated on random images, which is what was decided, and the FP32 graph."""
+    network = calibrated(model, directory, IMAGES, **options)
+    path = network.write(dialect)
+    assert find_difference(onnx.load(path), onnx.load(network.fp32), network.decided(dialect)) is None
+    return path, network.fp32
 
 
 def operators(path):
