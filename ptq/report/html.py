@@ -35,6 +35,7 @@ from ptq.report.run_tables import (
     tables_of_published,
     trials_table,
 )
+from ptq.wording import engine_text
 
 CLASSES_IN_A_MATRIX = 20
 
@@ -47,6 +48,7 @@ def html_report(inputs: ReportInputs) -> str:
         "run.html.j2",
         inputs=inputs,
         verdict=inputs.verdict,
+        engine=engine_text(**inputs.verdict.engine.model_dump()),
         sentence=verdict_sentence(inputs),
         tiles=_tiles(inputs),
         warnings=run_warnings(inputs),

@@ -53,6 +53,12 @@ def test_a_calibration_of_fixed_length_has_no_table_of_what_layers_needed(html):
     assert "Images each layer needed" not in html + markdown_report(make_inputs())
 
 
+def test_the_head_names_the_instruction_set():
+    machine = {"name": "openvino", "version": "2026.4.0", "device": "a server CPU", "isa": "avx2"}
+    html = html_report(make_inputs(verdict=verdict(engine=machine)))
+    assert "Run run-7 · openvino 2026.4.0 on a server CPU (avx2)" in html
+
+
 def test_the_configuration_is_folded_into_the_page(html):
     assert "<summary>Configuration as YAML</summary>\n<pre>model:\n  name: resnet50\n</pre>" in html
 
