@@ -5,7 +5,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PROCESSES ?= 3
+PROCESSES ?= 2
 # Dozens of processes import the same libraries: each module is compiled once, not by every one of them.
 export PYTHONDONTWRITEBYTECODE :=
 
@@ -27,8 +27,7 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# One process more than there are cores, since some tests wait. Each has a Prefect server and S3 servers of its own;
-# `make test PROCESSES=5` on four cores.
+# Two processes, each with a Prefect server and S3 servers of its own; `make test PROCESSES=4` on a larger machine.
 test: lint
 	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder --cov --cov-report=
 	$(BIN)/python -m tests.support.coverage_by_room
