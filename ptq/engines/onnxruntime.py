@@ -161,9 +161,9 @@ def report_layers(optimised: Path) -> tuple[LayerReport, ...]:
 
 def _report(node: onnx.NodeProto, types: Mapping[str, str]) -> LayerReport:
     def type_at(position: int | None) -> str:
-        return (
-            types.get(node.input[position], "int8") if position is not None and position < len(node.input) else "fp32"
-        )
+        if position is None or position >= len(node.input):
+            return "fp32"
+        return types.get(node.input[position], "int8")
 
     name = node.name or node.output[0]
     if node.op_type in _INTEGER_KINDS:

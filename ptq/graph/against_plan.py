@@ -127,8 +127,8 @@ def difference_in_file(graph: Path, fp32: Path, decided: Decisions) -> Parting |
 
 def _activation(graph: _Graph, spec: QuantizerSpec, decided: Decisions) -> Iterator[Parting]:
     scale, zero_point = f"{spec.name}.scale", f"{spec.name}.zero_point"
-    pairs = [node for node in graph.nodes if node.op_type == QUANTIZE and node.input[1] == scale]
-    pairs = [node for node in pairs if not node.name.endswith(AGAIN)]
+    placed = [node for node in graph.nodes if node.op_type == QUANTIZE and not node.name.endswith(AGAIN)]
+    pairs = [node for node in placed if node.input[1] == scale]
     # A network that could not be traced has no tensors: its layers may be called any number of times.
     if len(pairs) != len(spec.tensors) if spec.tensors else not pairs:
         yield _at(spec.name, "placement", f"{len(pairs)} quantizers of it are there, not {len(spec.tensors) or 'one'}")
@@ -215,10 +215,12 @@ def _layers(graph: _Graph, found: Mapping[str, onnx.NodeProto], plan: PlacementP
     for layer in plan.quantized_layers:
         if layer not in found:
             yield _at(layer, "float", "its weight is read without its quantizer")
-        elif not graph.is_quantized(found[layer].input[0]):
+            continue
+        read = graph.scales_behind(found[layer].input[0])
+        if not read:
             yield _at(layer, "float", "what it reads has no quantizer")
-        elif layer in wanted and wanted[layer] not in (names := graph.scales_behind(found[layer].input[0])):
-            yield _at(layer, "placement", f"it reads {', '.join(sorted(names))}, expected {wanted[layer]}")
+        elif layer in wanted and wanted[layer] not in read:
+            yield _at(layer, "placement", f"it reads {', '.join(sorted(read))}, expected {wanted[layer]}")
 
 
 def _biases(graph: _Graph, exact: _Graph, names: Mapping[str, str], decided: Decisions) -> Iterator[Parting]:

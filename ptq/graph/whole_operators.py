@@ -113,7 +113,7 @@ def _widen_scales_(graph: onnx.GraphProto) -> None:
         if any(name not in constants for name in scales):
             continue
         step, scale = (numpy_helper.to_array(constants[name]) for name in scales)
-        bias = np.abs(numpy_helper.to_array(constants[node.input[2]]))
+        bias = numpy_helper.to_array(constants[node.input[2]])
         if step.size != 1 or scale.size not in (1, bias.size):
             continue
         least = least_scale(bias, step)
