@@ -29,7 +29,8 @@ lint: .venv/installed
 
 # Two processes, each with a Prefect server and S3 servers of its own; `make test PROCESSES=4` on a larger machine.
 test: lint
-	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder --cov --cov-report=
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder -p tests.support.libraries \
+		--cov --cov-report=
 	$(BIN)/python -m tests.support.coverage_by_room
 	$(BIN)/python -m coverage report --format=total
 

@@ -16,23 +16,12 @@ import numpy as np
 import torch
 
 from benchmarks.subject import Subject, arguments, temporary_subject, write_result
-from ptq.calibration.amax_tables import amax_table
-from ptq.calibration.calibrate import (
-    RANGE_IMAGES,
-    corrected_biases,
-    means_by_name,
-    ranges_from_files,
-    statistics_from_files,
-)
-from ptq.config import METHODS, Dialect, Method, QuantizationConfig
+from ptq.config import METHODS, QuantizationConfig
 from ptq.engines import open_engine
-from ptq.graph.candidate import write_candidate
-from ptq.graph.insertion import write_qdq_template
 from ptq.networks.checkpoint import load_weights_, read_state_dict
 from ptq.networks.factory import create_model
 from ptq.numerics.metrics import sqnr_db
 from ptq.numerics.paired_test import paired_comparison
-from ptq.quantization.prepare_onnx import equalize_onnx_model, prepare_onnx_model
 from ptq.records.plan import PlacementPlan
 
 BATCH = 20
@@ -53,23 +42,24 @@ def main() -> None:
 def both_ways(options: argparse.Namespace, *, equalization: bool) -> dict[str, Any]:
     """Returns placement, accuracy and agreement of the two ways, with or without equalization."""
     subject = temporary_subject(options, QuantizationConfig(equalization=equalization))
-    onnx_way = OnnxWay(options, subject)
+    as_onnx = argparse.Namespace(**{**vars(options), "checkpoint": exported(options, subject)})
+    onnx_way = temporary_subject(as_onnx, subject.quantization)
     parts = [subject.images(split, 10**9) for split in options.splits]
     inputs, labels = (np.concatenate(part) for part in zip(*parts, strict=True))
     fp32 = logits_of(subject.prepared.files["fp32_onnx"], inputs, "fp32")
     fp32_onnx = logits_of(onnx_way.files["fp32_onnx"], inputs, "fp32")
-    histograms = subject.histograms()
-    biases = subject.biases()
-    onnx_way.calibrate(subject)
+    histograms, onnx_histograms = subject.histograms(), onnx_way.histograms()
+    biases, onnx_biases = subject.biases(), onnx_way.biases()
     rows = []
     for dialect in ("cpu", "tensorrt"):
         for method in options.methods:
             amax = subject.amax(histograms, dialect, method)
+            onnx_amax = onnx_way.amax(onnx_histograms, dialect, method)
             from_torch = logits_of(subject.graph(amax, dialect, "candidate", biases), inputs, "int8")
-            from_onnx = logits_of(onnx_way.graph(dialect, method), inputs, "int8")
+            from_onnx = logits_of(onnx_way.graph(onnx_amax, dialect, "candidate", onnx_biases), inputs, "int8")
             row = {"dialect": dialect, "method": method, **compared(from_torch, from_onnx, fp32, labels)}
             row["largest_amax_difference_percent"] = amax_difference(
-                subject.prepared.plan, amax, onnx_way.prepared.plan, onnx_way.amax(dialect, method)
+                subject.prepared.plan, amax, onnx_way.prepared.plan, onnx_amax
             )
             rows.append(row)
             print(row)
@@ -80,62 +70,6 @@ def both_ways(options: argparse.Namespace, *, equalization: bool) -> dict[str, A
         "fp32_largest_difference_over_largest_logit": float(np.abs(fp32 - fp32_onnx).max() / np.abs(fp32).max()),
         "int8": rows,
     }
-
-
-class OnnxWay:
-    """The network of a subject as an ONNX file, prepared and calibrated on the subject's images."""
-
-    def __init__(self, options: argparse.Namespace, subject: Subject) -> None:
-        self.directory = subject.directory / "onnx_way"
-        self.directory.mkdir()
-        file = exported(options, subject)
-        self.prepared = prepare_onnx_model(
-            checkpoint=file, class_count=len(subject.index.class_names),
-            has_named_classes=subject.index.has_named_classes, input_shape=subject.shape,
-            quantization=subject.quantization, directory=self.directory,
-        )  # fmt: skip
-        self.files: dict[str, Path] = dict(self.prepared.files)
-        if subject.quantization.equalization:
-            self._equalize(subject)
-        self.template = self.directory / "template.onnx"
-        write_qdq_template(self.files["weights"], self.template, plan=self.prepared.plan)
-
-    def _equalize(self, subject: Subject) -> None:
-        plan = self.prepared.plan
-        ranges = ranges_from_files(
-            observed_onnx=self.files["observed_onnx"], plan=plan, pixels=subject.directory / "ranges.npy",
-            images=RANGE_IMAGES, mean=subject.preprocessing.mean, std=subject.preprocessing.std, threads=0,
-        )  # fmt: skip
-        files, _ = equalize_onnx_model(
-            weights=self.files["weights"], plan=plan, ranges=ranges, directory=self.directory
-        )
-        self.files.update(files)
-
-    def calibrate(self, subject: Subject) -> None:
-        """Collects statistics from the images that `subject.histograms` has written."""
-        pixels = subject.directory / "pixels.npy"
-        (self.trial,) = statistics_from_files(
-            observed_onnx=self.files["observed_onnx"], plan=self.prepared.plan, pixels=pixels,
-            files=subject.directory / "files.json", draws=[range(len(np.load(pixels, mmap_mode="r")))],
-            mean=subject.preprocessing.mean, std=subject.preprocessing.std, bins=4096, threads=0,
-        )  # fmt: skip
-        means = means_by_name([self.trial], plan=self.prepared.plan)
-        self.biases = corrected_biases(self.template, plan=self.prepared.plan, means=means, trial=0)
-
-    def amax(self, dialect: Dialect, method: Method) -> dict[str, float]:
-        """Returns the amax table of one method."""
-        return amax_table(
-            self.trial.histograms, plan=self.prepared.plan, dialect=dialect, method=method, percentile=99.99
-        )
-
-    def graph(self, dialect: Dialect, method: Method) -> Path:
-        """Writes the Q/DQ graph of one method and returns its path."""
-        path = self.directory / "candidate.onnx"
-        write_candidate(
-            self.template, path, plan=self.prepared.plan, dialect=dialect, activation_amax=self.amax(dialect, method),
-            metadata={}, biases=self.biases,
-        )  # fmt: skip
-        return path
 
 
 def exported(options: argparse.Namespace, subject: Subject) -> Path:

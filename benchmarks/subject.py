@@ -10,6 +10,7 @@ import platform
 import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,10 @@ from ptq.data.images import network_input
 from ptq.evaluation.benchmark import machine_description
 from ptq.files import npy_from_array
 from ptq.graph.candidate import write_candidate
+from ptq.graph.insertion import write_qdq_template
 from ptq.numerics.histogram import Histograms
 from ptq.provenance import library_versions
+from ptq.quantization.prepare_onnx import equalize_onnx_model, prepare_onnx_model
 from ptq.quantization.prepare_torch import equalize_model, prepare_torch_model, write_template
 from ptq.quantization.prepared import PreparedModel
 
@@ -39,7 +42,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     """Returns a parser with the options that name a model and its images."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", required=True, help="torchvision classifier or package.module:factory")
-    parser.add_argument("--checkpoint", required=True, type=Path)
+    parser.add_argument("--checkpoint", required=True, type=Path, help="weights, or an ONNX file for itself")
     parser.add_argument("--data", required=True, help="image folder or manifest")
     parser.add_argument("--channels", type=int, default=3)
     parser.add_argument("--resize", type=int, default=256)
@@ -72,8 +75,9 @@ class Subject:
             options.data, calibration_split="train", selection_split="val", test_split="test"
         )
         self.shape = (options.channels, options.crop, options.crop)
-        self.prepared: PreparedModel = prepare_torch_model(
-            name=options.model,
+        self.is_onnx = options.checkpoint.suffix == ".onnx"
+        prepare = prepare_onnx_model if self.is_onnx else partial(prepare_torch_model, name=options.model)
+        self.prepared: PreparedModel = prepare(
             checkpoint=options.checkpoint,
             class_count=len(self.index.class_names),
             has_named_classes=self.index.has_named_classes,
@@ -86,15 +90,14 @@ class Subject:
         if self.quantization.equalization:
             self._equalize()
         self.template = self.directory / "template.onnx"
+        method = self.quantization.weight_method
+        if self.is_onnx:
+            write_qdq_template(self.files["weights"], self.template, plan=self.prepared.plan, weight_method=method)
+            return
         write_template(
-            self.template,
-            weights=self.files["weights"],
-            plan=self.prepared.plan,
-            name=self.options.model,
-            num_classes=self.prepared.num_classes,
-            input_shape=self.shape,
-            weight_method=self.quantization.weight_method,
-        )
+            self.template, weights=self.files["weights"], plan=self.prepared.plan, name=options.model,
+            num_classes=self.prepared.num_classes, input_shape=self.shape, weight_method=method,
+        )  # fmt: skip
 
     def _equalize(self) -> None:
         pixels = self.directory / "ranges.npy"
@@ -103,10 +106,13 @@ class Subject:
             observed_onnx=self.files["observed_onnx"], plan=self.prepared.plan, pixels=pixels, images=RANGE_IMAGES,
             mean=self.preprocessing.mean, std=self.preprocessing.std, threads=0,
         )  # fmt: skip
-        files, _ = equalize_model(
-            weights=self.files["weights"], plan=self.prepared.plan, ranges=ranges, name=self.options.model,
-            num_classes=self.prepared.num_classes, input_shape=self.shape, directory=self.directory,
-        )  # fmt: skip
+        kind = {
+            "name": self.options.model, "num_classes": self.prepared.num_classes, "input_shape": self.shape,
+        }  # fmt: skip
+        equalize = equalize_onnx_model if self.is_onnx else partial(equalize_model, **kind)
+        files, _ = equalize(
+            weights=self.files["weights"], plan=self.prepared.plan, ranges=ranges, directory=self.directory
+        )
         self.files.update(files)
 
     def _drawn(self, images: int, *, seed: int) -> tuple[np.ndarray, list[list[str]]]:

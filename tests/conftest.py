@@ -29,6 +29,9 @@ hypothesis.settings.load_profile("no deadline")
 # Runs of the tests wait for each other, not for those of whoever uses this machine.
 _LOCKS = tempfile.TemporaryDirectory(prefix="ptq-test-locks-")
 os.environ["PTQ_LOCK_DIR"] = _LOCKS.name
+# Loops of the server that no test waits for; each of them wakes every few seconds.
+for _service in ("LATE_RUNS", "FOREMAN", "PAUSE_EXPIRATIONS", "CLEANUP_RECONCILER"):
+    os.environ.setdefault(f"PREFECT_SERVER_SERVICES_{_service}_ENABLED", "false")
 # Events are in the database, where tests look for them, after half a second rather than five.
 os.environ.setdefault("PREFECT_SERVER_SERVICES_EVENT_PERSISTER_FLUSH_INTERVAL", "0.5")
 

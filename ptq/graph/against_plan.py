@@ -16,7 +16,8 @@ from onnx import numpy_helper
 from ptq.config import Dialect, WeightMethod
 from ptq.dialect import amax_bound, zero_point_of
 from ptq.graph.candidate import bias_names, layer_nodes
-from ptq.graph.operations import COMMUTING, DEQUANTIZE, QUANTIZE
+from ptq.graph.operations import DEQUANTIZE, QUANTIZE
+from ptq.graph.walk import dequantizes_behind
 from ptq.graph.whole_operators import AGAIN, least_scale
 from ptq.records.parity import Cause, Parting
 from ptq.records.plan import PlacementPlan, QuantizerSpec
@@ -72,24 +73,7 @@ class _Graph:
 
     def scales_behind(self, tensor: str) -> set[str]:
         """The scales of the DQs that a tensor comes from; none where a number is computed on the way, or is bare."""
-        scales: set[str] = set()
-        seen: set[str] = set()
-        pending = [tensor]
-        while pending:
-            name = pending.pop()
-            node = self.writers.get(name)
-            if name in seen:
-                continue
-            seen.add(name)
-            if node is not None and node.op_type == "Concat":
-                pending += node.input
-            elif node is not None and node.op_type in (*COMMUTING, "Pad"):
-                pending.append(node.input[0])
-            elif node is not None and node.op_type == DEQUANTIZE:
-                scales.add(node.input[1])
-            else:
-                return set()
-        return scales
+        return {node.input[1] for node in dequantizes_behind(tensor, self.writers)}
 
     def is_quantized(self, tensor: str) -> bool:
         """Whether a tensor is dequantized, with only operators between that move or compare its numbers."""

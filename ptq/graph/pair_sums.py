@@ -14,7 +14,8 @@ from jaxtyping import Float
 from onnx import helper, numpy_helper
 
 from ptq.graph.candidate import groups_of, layer_nodes
-from ptq.graph.operations import COMMUTING, DEQUANTIZE, QUANTIZE
+from ptq.graph.operations import DEQUANTIZE, QUANTIZE
+from ptq.graph.walk import dequantizes_behind
 from ptq.numerics.saturation import LARGEST_INPUT, OPENVINO, SHIFT, Runtime, count_saturated, scales_without_saturation
 from ptq.records.plan import PlacementPlan
 
@@ -155,22 +156,15 @@ def integer_layer(model: onnx.ModelProto, output: str) -> IntegerLayer | None:
 def _grids_behind(
     tensor: str, writers: Mapping[str, onnx.NodeProto], values: Mapping[str, onnx.TensorProto]
 ) -> set[tuple[float, int, bool]]:
-    """Scale, zero point and whether it is signed of each DQ that a tensor comes from, its numbers as they were."""
+    """Scale, zero point and whether it is signed of each DQ that a tensor comes from; none if a scale is computed."""
     found: set[tuple[float, int, bool]] = set()
-    pending = [tensor]
-    while pending:
-        node = writers.get(pending.pop())
-        if node is not None and node.op_type == DEQUANTIZE and node.input[1] in values:
-            scale = numpy_helper.to_array(values[node.input[1]])
-            stored = values.get(node.input[2]) if len(node.input) > 2 else None
-            zero = numpy_helper.to_array(stored) if stored is not None else np.zeros((), np.uint8)
-            found.add((float(scale.ravel()[0]), int(zero.ravel()[0]), zero.dtype.kind == "i"))
-        elif node is not None and node.op_type in COMMUTING:
-            pending.append(node.input[0])
-        elif node is not None and node.op_type == "Concat":
-            pending.extend(node.input)
-        else:
+    for node in dequantizes_behind(tensor, writers):
+        if node.input[1] not in values:
             return set()
+        scale = numpy_helper.to_array(values[node.input[1]])
+        stored = values.get(node.input[2]) if len(node.input) > 2 else None
+        zero = numpy_helper.to_array(stored) if stored is not None else np.zeros((), np.uint8)
+        found.add((float(scale.ravel()[0]), int(zero.ravel()[0]), zero.dtype.kind == "i"))
     return found
 
 

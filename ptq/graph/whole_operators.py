@@ -12,7 +12,8 @@ import onnx
 from jaxtyping import Float
 from onnx import helper, numpy_helper
 
-from ptq.graph.operations import COMMUTING, CONVOLUTIONS, DEQUANTIZE, QUANTIZE
+from ptq.graph.operations import CONVOLUTIONS, DEQUANTIZE, QUANTIZE
+from ptq.graph.walk import dequantizes_behind
 
 # The name of the Q behind a concat ends so.
 AGAIN = ".quantize_again"
@@ -132,11 +133,9 @@ def least_scale(bias: Float[np.ndarray, " out"], step: Float[np.ndarray, "..."])
 
 
 def _scale_behind(tensor: str, writers: Mapping[str, onnx.NodeProto]) -> str:
-    """The scale of the DQ that a tensor comes from, empty where there is none."""
-    while tensor in writers and writers[tensor].op_type in COMMUTING:
-        tensor = writers[tensor].input[0]
-    node = writers.get(tensor)
-    return node.input[1] if node is not None and node.op_type == DEQUANTIZE else ""
+    """The scale of the DQs that a tensor comes from, empty where there is none or another one for each."""
+    scales = {node.input[1] for node in dequantizes_behind(tensor, writers)}
+    return scales.pop() if len(scales) == 1 else ""
 
 
 def _quantize_biases_(graph: onnx.GraphProto) -> None:

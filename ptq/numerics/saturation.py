@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from ptq.config import Dialect
 
@@ -77,8 +77,8 @@ def neighbours(
     return np.array(list(found), dtype=np.int64).reshape(-1, 2)
 
 
-def _steps_of(weight: Float[np.ndarray, "out n"], scale: Float[np.ndarray, " out"]) -> Float[np.ndarray, "out n"]:
-    """The integers, as float32, that an engine multiplies with, as QuantizeLinear defines them."""
+def _steps_of(weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """The integers, as float32, that an engine multiplies with, as QuantizeLinear defines them: (out, n)."""
     return np.clip(np.rint(weight / scale[:, None]), -128, 127)
 
 
@@ -211,7 +211,7 @@ def _halved(
 ) -> Float[np.ndarray, " out"]:
     """Halves the interval in which a channel's scale stops to saturate; `first` and `second` are weights and inputs."""
 
-    def saturates(candidate: Float[np.ndarray, " out"]) -> Bool[np.ndarray, " out"]:
+    def saturates(candidate: np.ndarray) -> np.ndarray:
         products = [_steps_of(weight, candidate.astype(np.float32)) * inputs for weight, inputs in (first, second)]
         return _magnitude(*products).max(axis=1) > LARGEST_SUM
 
@@ -233,8 +233,6 @@ def _sums(
     return _magnitude(products[:, pairs[:, 0]], products[:, pairs[:, 1]])
 
 
-def _magnitude(
-    first: Float[np.ndarray, "out pairs"], second: Float[np.ndarray, "out pairs"]
-) -> Float[np.ndarray, "out pairs"]:
-    """Inputs may be anything up to their largest, so products of unlike signs do not make up for each other."""
+def _magnitude(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """(out, pairs). Inputs may be anything up to their largest: products of unlike signs do not make up for another."""
     return np.maximum(np.maximum(first, 0) + np.maximum(second, 0), np.maximum(-first, 0) + np.maximum(-second, 0))

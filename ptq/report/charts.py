@@ -103,8 +103,23 @@ def latency_bars_png(record: BenchmarkRecord) -> bytes:
     columns = min(2, len(batch_sizes))
     rows = -(-len(batch_sizes) // columns)
     height = rows * (0.95 + 0.34 * len(precisions))
-    figure = Figure(figsize=(WIDTH_INCHES, height), dpi=DPI, facecolor="white", layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
+    figure = Figure(figsize=(WIDTH_INCHES, height), dpi=DPI, facecolor="white")
+    # Inches: below stand the axis' numbers and its name, above a title, on the left the precisions.
+    below, above, left, right = 0.5, 0.25, 0.55, 0.1
+    axis_height, axis_width = height / rows - below - above, WIDTH_INCHES / columns - left - right
+    grid = figure.subplots(
+        rows,
+        columns,
+        squeeze=False,
+        gridspec_kw={
+            "bottom": below / height,
+            "top": 1 - above / height,
+            "left": left / WIDTH_INCHES,
+            "right": 1 - right / WIDTH_INCHES,
+            "hspace": (below + above) / axis_height,
+            "wspace": (left + right) / axis_width,
+        },
+    )
     for index, batch_size in enumerate(batch_sizes):
         measured = [found for name in PRECISIONS if (found := record.of(name, batch_size)) is not None]
         _draw_batch(grid[index // columns][index % columns], measured)

@@ -108,7 +108,7 @@ class DaskStages(DaskTaskRunner):
         self, task: Task[..., Any], parameters: dict[str, Any], wait_for: Iterable[PrefectFuture[Any]] | None = None
     ) -> PrefectFutureList[Any]:
         """Starts a stage for each set of parameters; the wait for results ends where the cluster is gone."""
-        return _StageFutures(self, super().map(task, parameters, wait_for))  # type: ignore[abstract]
+        return _StageFutures(self, super().map(task, parameters, wait_for))
 
 
 class _StageFutures(PrefectFutureList[Any]):

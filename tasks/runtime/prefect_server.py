@@ -8,8 +8,8 @@ once are enough for it.
 
 So nothing is collected on that thread: a thread of its own does it, and may wait without keeping anybody.
 
-    python -m tasks.prefect_server server start     `prefect server start`, so
-    UVICORN_LOOP=tasks.prefect_server:event_loop    a server that Prefect starts for one process, so
+    python -m tasks.runtime.prefect_server server start     `prefect server start`, so
+    UVICORN_LOOP=tasks.runtime.prefect_server:event_loop    a server that Prefect starts for one process, so
 """
 
 import asyncio

@@ -13,9 +13,10 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any, Literal, ParamSpec, TypeVar, cast
 
-from prefect import Task, task
+from prefect import Task
 from prefect.cache_policies import NO_CACHE
 from prefect.transactions import TransactionState, get_transaction
+from prefect.utilities.annotations import quote
 
 from ptq.errors import ArtifactError
 from ptq.provenance import library_versions
@@ -34,6 +35,16 @@ _MACHINE: dict[str, Callable[[], AbstractContextManager[None]]] = {
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
+
+
+class _Stage(Task[Parameters, Result]):
+    """A task whose parameter `run` is not searched for results of other tasks, of which a context holds none."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the stage."""
+        if "run" in kwargs:
+            kwargs["run"] = quote(kwargs["run"])
+        return super().__call__(*args, **kwargs)
 
 
 def stage(
@@ -106,7 +117,7 @@ def stage(
             return made
 
         body.declared = declared  # type: ignore[attr-defined]
-        wrapped: Any = task(  # type: ignore[call-overload]
+        wrapped: Any = _Stage(
             body,
             name=name,
             task_run_name=run_name,

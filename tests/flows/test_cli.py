@@ -34,6 +34,7 @@ def test_json_is_the_verdict_and_nothing_else(run, checkpoint, image_folder, dir
     assert Verdict.model_validate_json(out).best.method == "max"
 
 
+@pytest.mark.slow
 def test_options_may_stand_in_a_file_and_those_given_win(run, checkpoint, image_folder, tmp_path):
     config = {
         "model": {"name": "networks:SmallResNet", "checkpoint": str(checkpoint)},

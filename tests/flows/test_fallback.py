@@ -162,6 +162,7 @@ def test_several_percentiles_are_methods_to_choose_from(checkpoints, image_folde
     assert chosen.startswith("Tried the method chosen per layer: 4 percentile-100, 1 percentile-90. ")
 
 
+@pytest.mark.slow
 def test_weights_changed_by_qat_are_judged_delivered_and_named(checkpoints, image_folder, store, tmp_path):
     # FP32 is wrong on three classes of four: trained weights must be better by at least 20 pp.
     result, verdict, _ = run(

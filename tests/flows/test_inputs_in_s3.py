@@ -104,6 +104,7 @@ def run(config, work):
     return {note["stage"] for note in notes if not note["cached"]}
 
 
+@pytest.mark.slow
 def test_only_what_changed_in_the_bucket_is_read_and_computed_again(bucket, work, tmp_path, image_folder):
     config = config_in(tmp_path, f"s3://{BUCKET}/store")
     images = {f"images/{path.relative_to(image_folder).as_posix()}" for path in image_folder.rglob("*.png")}

@@ -97,6 +97,7 @@ def test_biases_are_corrected_as_on_the_pytorch_way(finished):
     assert not (biases[0] == biases[1]).all()
 
 
+@pytest.mark.slow
 def test_a_second_run_from_an_empty_store_gives_the_same_bytes(finished, model, image_folder, tmp_path):
     _, directory, _ = finished
     quantize_model(config_of(model, image_folder, tmp_path, quantization={"dialects": ["cpu", "tensorrt"]}))

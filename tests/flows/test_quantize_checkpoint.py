@@ -126,6 +126,7 @@ def test_a_model_without_a_config_fails_and_names_those_that_have_one(models, tm
         quantize_checkpoint(str(tmp_path / "x.pth"), "large", models=str(models))
 
 
+@pytest.mark.slow
 def test_a_corrupt_checkpoint_and_an_unknown_block_fail_with_their_names_and_leave_what_is_published(
     trained, models, tmp_path
 ):

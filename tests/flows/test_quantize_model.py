@@ -155,6 +155,7 @@ def test_a_changed_percentile_repeats_only_what_depends_on_it(finished, checkpoi
     assert not computed & {"index_images", "prepare_split", "prepare_model", "collect_statistics", "export_qdq"}
 
 
+@pytest.mark.slow
 def test_several_percentiles_are_candidates_of_their_own_everywhere(finished, checkpoint, image_folder):
     config, directory, _ = finished
     calibration = config.calibration.model_copy(
@@ -179,6 +180,7 @@ def test_several_percentiles_are_candidates_of_their_own_everywhere(finished, ch
     assert "| Trial | max | percentile-90 | percentile-99.9 |" in report
 
 
+@pytest.mark.slow
 def test_an_adaptive_run_reports_the_images_each_layer_needed_and_keeps_those_used(checkpoint, image_folder, tmp_path):
     calibration = {"images": 96, "trials": 2, "methods": ["max", "percentile"], "percentiles": [99.0]}
     config = config_of(checkpoint, image_folder, tmp_path, calibration={**calibration, "tolerance_percent": 15.0})
@@ -245,6 +247,7 @@ def test_the_page_of_the_run_shows_verdict_results_and_checks(finished):
     assert len(json.loads(artifacts["ptq-results"].data)) == 10
 
 
+@pytest.mark.slow
 def test_without_a_selection_split_the_verdict_says_so(checkpoint, image_folder, tmp_path):
     config = config_of(
         checkpoint, image_folder, tmp_path, data={"selection_split": "none"},

@@ -52,6 +52,7 @@ def in_service(first, tmp_path):
     return result
 
 
+@pytest.mark.slow
 def test_a_worse_checkpoint_stays_out_of_service_though_its_int8_is_as_good_as_its_fp32(
     in_service, trained, image_folder, tmp_path
 ):

@@ -18,7 +18,7 @@ NETWORKS = {
     "tests.support.networks:small_densenet": 32,
 }  # fmt: skip
 
-LARGEST = ("mobilenet_v3_small", "regnet_y_400mf", "mnasnet0_5", "tests.support.networks:small_swin")
+LARGEST = ("mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "mnasnet0_5", "tests.support.networks:small_swin")
 
 
 def findings_of(model, directory, *, side, dialects=("cpu", "onnxruntime", "tensorrt"), **options):

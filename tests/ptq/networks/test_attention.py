@@ -35,7 +35,7 @@ def vision_transformer():
     return with_large_weights(small_vision_transformer())
 
 
-@pytest.fixture(scope="module", params=["swin_t", "swin_v2_t"])
+@pytest.fixture(scope="module", params=[pytest.param("swin_t", marks=pytest.mark.slow), "swin_v2_t"])
 def swin(request):
     return with_large_weights(create_model(request.param, num_classes=5, channels=3))
 

@@ -326,6 +326,7 @@ def test_pipes_folders_and_names_that_no_event_can_carry_are_left_alone(watch, c
     assert polled(watch, clock) == []
 
 
+@pytest.mark.slow
 def test_a_large_file_and_thousands_of_small_ones_take_little_memory(watch, clock, incoming):
     with (incoming / "large.onnx").open("wb") as stream:
         stream.truncate(300 * 2**20)

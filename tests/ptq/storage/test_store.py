@@ -240,6 +240,7 @@ def test_names_are_listed_in_order_with_their_sizes(store):
     assert names(store, "inputs/b") == ["inputs/b/10", "inputs/b/2", "inputs/bc"]
 
 
+@pytest.mark.slow
 def test_a_large_file_comes_back_as_it_was(store, tmp_path):
     data = np.random.default_rng(0).bytes(135 * 10**6)
     (tmp_path / "large.bin").write_bytes(data)

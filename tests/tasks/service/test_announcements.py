@@ -8,6 +8,7 @@ import threading
 import time
 import uuid
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ from tasks.service.announcements import announce
 pytestmark = pytest.mark.usefixtures("prefect_backend")
 
 ROOT = Path(__file__).resolve().parents[3]
+slow = partial(pytest.param, marks=pytest.mark.slow)
 logger = logging.getLogger(__name__)
 
 
@@ -188,7 +190,7 @@ announcements.announce(open_store(store), [Checkpoint(uri, model, sha256, 1000)]
 
 
 @pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize(("point", "left_to_send"), [("_emit", 1), ("_confirm_when_shown", 0), ("confirm", 0)])
+@pytest.mark.parametrize(("point", "left_to_send"), [slow("_emit", 1), ("_confirm_when_shown", 0), slow("confirm", 0)])
 def test_a_process_that_is_killed_at_any_point_leaves_one_event_in_the_end(store, model, tmp_path, point, left_to_send):
     (version,) = versions(model)
     arguments = [point, str(tmp_path / "store"), version.uri, model, version.sha256]
