@@ -14,4 +14,3 @@ import onnxruntime  # noqa: F401
 import polars  # noqa: F401
 import scipy.stats  # noqa: F401
 import torch  # noqa: F401
-import torchvision  # noqa: F401
