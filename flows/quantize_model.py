@@ -26,7 +26,7 @@ from tasks.stages.data import draw_calibration_images, index_images, prepare_spl
 from tasks.stages.engine import list_precisions, resolve_engine
 from tasks.stages.evaluation import evaluate, evaluate_baseline, select_candidate
 from tasks.stages.fallback import is_worth_trying
-from tasks.stages.model import prepare_model
+from tasks.stages.model import check_coverage, prepare_model
 from tasks.stages.publication import check_destinations, publish, write_report
 
 
@@ -53,6 +53,7 @@ def _quantize_model(config: PtqConfig) -> RunResult:
     data = index_images(config.data.path, config.data.splits, run=run)
     run = replace(run, selection_split=_selection_split(config, data))
     loaded = prepare_model(data.class_names, data.has_named_classes, run=run)
+    check_coverage(loaded, run)
     draws = draw_calibration_images(data, run=run)
     model = equalized(loaded, loaded, draws, run)
     images = {split: prepare_split(data, split, run.decoding, run=run) for split in run.evaluated_splits}
@@ -66,7 +67,7 @@ def _quantize_model(config: PtqConfig) -> RunResult:
     selection = select_candidate(candidates, tables, baseline, run=run)
 
     findings = judge(judged, model, template, tables, candidates, selection)
-    if is_worth_trying(findings, run):
+    if is_worth_trying(findings, loaded, run):
         findings = fall_back(judged, findings)
     if findings.decision.accepted:
         findings = compare_with_version_in_service(judged, findings)

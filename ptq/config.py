@@ -365,14 +365,15 @@ class BenchmarkConfig(_Section):
 class GateConfig(_Section):
     """When a model is accepted."""
 
-    max_drop_pp: float = Field(
-        1.0, ge=-100, le=100, description="Largest accuracy drop accepted, in percentage points."
-    )
+    max_drop_pp: float = Field(1.0, ge=-100, le=100, description="Largest accuracy drop, in percentage points.")
     min_speedup_fp32: float = Field(
         1.0, ge=0, le=1000, description="Least ratio of FP32's median latency to INT8's, at every batch size."
     )
     min_speedup_fp16: float = Field(
         0.0, ge=0, le=1000, description="The same ratio for the faster of FP16 and BF16; 0: not asked."
+    )
+    min_int8_macs_percent: float = Field(
+        95.0, ge=0, le=100, description="Least share of multiply-accumulates in INT8, layers left out by choice apart."
     )
     max_regression_pp: float = Field(
         1.0, ge=0, le=100, description="Largest loss of top-1 against the version in service, in pp; 100: any."

@@ -94,7 +94,7 @@ def _layer_name(layer: Layer, bias: str) -> str:
 
     A projection that is no module of its own has the scope of what it is part of, and a bias that tells it apart.
     """
-    scope = _scope(layer.node.name)
+    scope = scope_of(layer.node.name)
     projection = re.sub(r"[._]bias$", "", bias)
     if scope and projection != bias and projection.startswith(f"{scope}."):
         scope = projection
@@ -111,10 +111,10 @@ def module_of(parameter: str) -> str:
     return module if leaf == "weight" else ""
 
 
-def _scope(name: str) -> str:
-    """The PyTorch module in an exporter's node name; empty for names of other makers.
+def scope_of(name: str) -> str:
+    """Returns the PyTorch module in an exporter's node name; empty for names of other makers.
 
-    >>> _scope("/layer1/layer1.0/conv1/Conv"), _scope("conv_7")
+    >>> scope_of("/layer1/layer1.0/conv1/Conv"), scope_of("conv_7")
     ('layer1.0.conv1', '')
     """
     modules: list[str] = []
@@ -126,7 +126,7 @@ def _scope(name: str) -> str:
 
 
 def _node_name(node: gs.Node, position: int) -> str:
-    scope, leaf = _scope(node.name), node.name.rpartition("/")[2]
+    scope, leaf = scope_of(node.name), node.name.rpartition("/")[2]
     name = _clean(f"{scope}.{leaf}" if scope else node.name) or f"{node.op.lower()}_{position}"
     return _without_reserved(name)
 

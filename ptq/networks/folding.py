@@ -1,6 +1,8 @@
 """What does a network look like once BatchNorm is folded and nothing happens in place?"""
 
+import inspect
 import operator
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +16,12 @@ from ptq.networks.attention import explicit_attention_
 from ptq.networks.factory import torchvision
 from ptq.wording import first_line
 
-_IN_PLACE = {operator.iadd: operator.add, operator.imul: operator.mul}
+_IN_PLACE: dict[object, Callable[..., object]] = {
+    getattr(operator, f"i{name}"): getattr(operator, name)
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
+}
+# Methods and functions that change a tensor, as torch names them.
+_IN_PLACE_NAME = re.compile(r"[a-z]\w*[a-z0-9]_")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,17 +99,50 @@ def _detached_copy(model: nn.Module) -> nn.Module:
 
 
 def _make_functional_(module: fx.GraphModule) -> None:
-    """Replaces in-place operations: a tensor that is observed must keep its value."""
-    for child in module.modules():
-        if getattr(child, "inplace", False):
-            child.inplace = False
+    """Replaces operations that change a tensor in place, whose later readers read the result instead.
+
+    A quantizer or an observer copies a tensor, so that a change of the one is no change of the other. What changes a
+    part of a tensor, or one that shares its memory with another, is found by `_is_same_function`.
+    """
+    in_place = {name for name, child in module.named_modules() if getattr(child, "inplace", False)}
+    for name in in_place:
+        module.get_submodule(name).inplace = False
+    order = {node: position for position, node in enumerate(module.graph.nodes)}
     for node in module.graph.nodes:
-        if node.op == "call_function" and node.target in _IN_PLACE:
-            node.target = _IN_PLACE[node.target]
-        if node.kwargs.get("inplace"):
-            node.kwargs = {**node.kwargs, "inplace": False}
-        if node.op == "call_method" and node.target in ("add_", "mul_", "relu_", "clamp_"):
-            node.target = node.target.rstrip("_")
+        if (node.op == "call_module" and node.target in in_place) or _made_functional_(node):
+            changed = node.args[0] if node.args else node.kwargs.get("input")
+            if isinstance(changed, fx.Node):
+                for reader in [each for each in changed.users if order[each] > order[node]]:
+                    reader.replace_input_with(changed, node)
+
+
+def _made_functional_(node: fx.Node) -> bool:
+    """Replaces a call that changes its first argument by one that does not; tells whether it was such a call."""
+    if node.op == "call_method" and isinstance(node.target, str) and _IN_PLACE_NAME.fullmatch(node.target):
+        node.target = node.target[:-1]
+        return True
+    if node.op != "call_function":
+        return False
+    if node.target in _IN_PLACE:
+        node.target = _IN_PLACE[node.target]
+        return True
+    name = getattr(node.target, "__name__", "")
+    if _IN_PLACE_NAME.fullmatch(name):
+        homes = (torch.nn.functional, torch)
+        node.target = next((getattr(home, name[:-1]) for home in homes if hasattr(home, name[:-1])), node.target)
+        return True
+    try:
+        parameters = list(inspect.signature(node.target).parameters)
+    except (TypeError, ValueError):  # a builtin tells no signature, and none of them has such an argument
+        return False
+    place = parameters.index("inplace") if "inplace" in parameters else len(node.args)
+    if place < len(node.args) and node.args[place]:
+        node.args = (*node.args[:place], False, *node.args[place + 1 :])
+        return True
+    if node.kwargs.get("inplace"):
+        node.kwargs = {**node.kwargs, "inplace": False}
+        return True
+    return False
 
 
 def _remove_inference_identities_(module: fx.GraphModule) -> None:

@@ -42,15 +42,21 @@ class Network:
 _KEPT: OrderedDict[tuple[str, NetworkKind], Network] = OrderedDict()
 
 
-def network_from_state(state: Mapping[str, torch.Tensor], kind: NetworkKind, *, source: str) -> Network:
-    """Builds the network and folds it; `source` names the weights in messages.
+def network_as_built(state: Mapping[str, torch.Tensor], kind: NetworkKind, *, source: str) -> nn.Module:
+    """Builds the network and loads its weights; `source` names these in messages.
 
     Raises:
         CheckpointError: the weights do not fit.
         UsageError: there is no such network.
     """
-    original = create_model(kind.name, num_classes=kind.num_classes, channels=kind.input_shape[0])
-    load_weights_(original, state, name=kind.name, source=source)
+    network = create_model(kind.name, num_classes=kind.num_classes, channels=kind.input_shape[0])
+    load_weights_(network, state, name=kind.name, source=source)
+    return network
+
+
+def network_from_state(state: Mapping[str, torch.Tensor], kind: NetworkKind, *, source: str) -> Network:
+    """Builds the network and folds it; see `network_as_built`."""
+    original = network_as_built(state, kind, source=source)
     return Network(original, fold_model(original, input_shape=kind.input_shape))
 
 

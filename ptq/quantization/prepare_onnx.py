@@ -16,6 +16,7 @@ from ptq.engines import open_engine
 from ptq.engines.base import Engine
 from ptq.errors import CheckpointError, EngineBuildError
 from ptq.graph.canonical import canonical_graph, read_graph, save_graph, with_shapes
+from ptq.graph.coverage import measure_coverage
 from ptq.graph.insertion import write_observed
 from ptq.graph.source import OnnxSource, read_source, source_digest
 from ptq.quantization.equalize import layer_factors
@@ -42,6 +43,7 @@ def prepare_onnx_model(
     quantization: QuantizationConfig,
     directory: Path,
     whole_operators: bool = False,
+    checkpoint_sha256: str = "",
 ) -> PreparedModel:
     """Writes FP32 graph, observed graph and placement plan of an FP32 ONNX classifier into `directory`.
 
@@ -53,6 +55,7 @@ def prepare_onnx_model(
         quantization: where quantizers go.
         directory: an existing folder.
         whole_operators: place the quantizers of the onnxruntime dialect too.
+        checkpoint_sha256: of what the file was exported from; of the file itself where that is empty.
 
     Returns:
         the files by the record's field names. `weights` is the FP32 graph in canonical form, from which the Q/DQ
@@ -75,7 +78,7 @@ def prepare_onnx_model(
     num_classes = _checked_classes(engine, source, files["weights"], checkpoint, input_shape=input_shape)
     _check_class_count(checkpoint, num_classes, class_count, has_named_classes=has_named_classes)
     graph.outputs[0].shape = [graph.outputs[0].shape[0], num_classes]
-    digest = source_digest(checkpoint)
+    digest = checkpoint_sha256 or source_digest(checkpoint)
     save_graph(graph, files["weights"])
     save_graph(graph, files["fp32_onnx"], {"checkpoint_sha256": digest})
     plan = place_quantizers(
@@ -87,7 +90,8 @@ def prepare_onnx_model(
     files["plan"].write_text(json.dumps(to_jsonable(plan), indent=1))
     ends_in_softmax = graph.outputs[0].inputs[0].op == "Softmax"
     notes = (*plan.warnings, *([_PROBABILITIES] if ends_in_softmax else []))
-    return PreparedModel(digest, files, num_classes, plan, notes)
+    coverage = measure_coverage(files["fp32_onnx"], plan)
+    return PreparedModel(digest, files, num_classes, plan, notes, coverage, source="onnx")
 
 
 def equalize_onnx_model(

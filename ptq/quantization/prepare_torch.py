@@ -17,18 +17,27 @@ from torch import fx
 
 from ptq.config import QuantizationConfig, WeightMethod
 from ptq.dialect import observed_names
-from ptq.errors import CheckpointError
+from ptq.errors import CheckpointError, ExportError
 from ptq.files import file_sha256
+from ptq.graph.coverage import measure_coverage
 from ptq.networks.checkpoint import head_size, read_state_dict
 from ptq.networks.export import HalfPrecision, export_onnx, export_qdq_template
 from ptq.networks.fake_quant import fake_quant_from_folded, weight_amax
 from ptq.networks.folding import check_runs
-from ptq.networks.network import Network, NetworkKind, keep_network, network_from_state, network_from_weights
+from ptq.networks.network import (
+    Network,
+    NetworkKind,
+    keep_network,
+    network_as_built,
+    network_from_state,
+    network_from_weights,
+)
 from ptq.networks.observed import observed_from_folded
 from ptq.networks.unfolding import unfolded_state
 from ptq.quantization.equalize import layer_factors
 from ptq.quantization.prepared import PreparedModel
 from ptq.quantization.rules import place_quantizers
+from ptq.quantization.same_function import require_same_export
 from ptq.quantization.torch_view import scale_layers_, view_of
 from ptq.records.base import to_jsonable
 from ptq.records.plan import PlacementPlan
@@ -90,10 +99,43 @@ def prepare_torch_model(
     keep_network(files["weights"], kind, network)
     sha256 = file_sha256(checkpoint)
     export_onnx(folded.module, files["fp32_onnx"], input_shape=input_shape, metadata={"checkpoint_sha256": sha256})
+    require_same_export(network.original, files["fp32_onnx"], input_shape=input_shape)
     _write_observed(folded.module, plan, files["observed_onnx"], input_shape=input_shape)
     files["plan"].write_text(json.dumps(to_jsonable(plan), indent=1))
     notes = tuple(note for note in (folded.warning, *plan.warnings) if note)
-    return PreparedModel(sha256, files, num_classes, plan, notes)
+    coverage = measure_coverage(files["fp32_onnx"], plan)
+    return PreparedModel(sha256, files, num_classes, plan, notes, coverage, source="torch")
+
+
+def export_network(
+    path: Path, *, name: str, checkpoint: Path, num_classes: int | None, input_shape: tuple[int, int, int]
+) -> str:
+    """Writes a network as it is built, with its weights, as an ONNX file, and returns the checkpoint's SHA-256.
+
+    The batch is free, or one image where the export would hold the number of images that it was made with.
+
+    Args:
+        path: file to write.
+        name: a torchvision classifier or `package.module:factory`.
+        checkpoint: the file with the weights.
+        num_classes: outputs of the model; None for as many as the checkpoint has.
+        input_shape: (c, h, w).
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read or does not fit.
+        ExportError: the model cannot be exported.
+    """
+    state = read_state_dict(checkpoint)
+    if num_classes is None:
+        num_classes = head_size(state, name=name, channels=input_shape[0])
+    network = network_as_built(state, NetworkKind(name, num_classes, input_shape), source=str(checkpoint))
+    try:
+        export_onnx(network, path, input_shape=input_shape)
+        require_same_export(network, path, input_shape=input_shape)
+    except ExportError:
+        export_onnx(network, path, input_shape=input_shape, batch_size=1)
+        require_same_export(network, path, input_shape=input_shape, batch_size=1)
+    return file_sha256(checkpoint)
 
 
 def equalize_model(

@@ -74,6 +74,7 @@ def place_quantizers(
         traced=view.is_traced,
         warnings=view.warnings if view.is_traced else (*view.warnings, _NOT_TRACED),
         layer_inputs=_layer_inputs(view, quantized),
+        chosen_float_layers=tuple(name for name in view.layers if name in skipped),
         float_operators=(*(() if residuals else _ADD_OPERATORS), *(() if pools else _POOL_OPERATORS)),
     )
 

@@ -42,7 +42,8 @@ class LayerInput:
 class PlacementPlan:
     """Where quantizers go, and what stays in float and why.
 
-    `float_operators` are the ONNX operators that were left in float by choice wherever they would be quantized.
+    `float_operators` are the ONNX operators that were left in float by choice wherever they would be quantized, and
+    `chosen_float_layers` the layers that were.
     """
 
     quantizers: tuple[QuantizerSpec, ...]
@@ -54,6 +55,7 @@ class PlacementPlan:
     warnings: tuple[str, ...]
     layer_inputs: tuple[LayerInput, ...] = ()
     float_operators: tuple[str, ...] = ()
+    chosen_float_layers: tuple[str, ...] = ()
 
     def of_dialect(self, dialect: Dialect) -> "PlacementPlan":
         """Returns the plan of the graphs of one dialect."""
@@ -71,11 +73,44 @@ class PlacementPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerInFloat:
+    """A convolution or linear layer without quantizers; `macs` are its multiply-accumulates for one image."""
+
+    name: str
+    macs: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """How many of a network's convolutions and linear layers are quantized, of all that its FP32 graph calls.
+
+    `macs` are multiply-accumulates for one image, `int8_macs` those of quantized layers, `chosen_macs` those that the
+    settings leave in float. `batchnorms` are those that could not be folded into a layer.
+    """
+
+    layers: int
+    int8_layers: int
+    macs: int
+    int8_macs: int
+    chosen_macs: int
+    batchnorms: int
+    in_float: tuple[LayerInFloat, ...]
+
+    @property
+    def int8_macs_percent(self) -> float:
+        """The share of multiply-accumulates that is quantized, of those that are not left in float by choice."""
+        wanted = self.macs - self.chosen_macs
+        return 100.0 * self.int8_macs / wanted if wanted else 100.0
+
+
+@dataclass(frozen=True, slots=True)
 class ModelRecord:
     """A loaded checkpoint: the BatchNorm-folded network as FP32 ONNX and as weights, and its placement plan.
 
-    `observed_onnx` is the FP32 graph with every observed tensor as an output. `source` is what was given: weights of a
-    PyTorch network, or an ONNX file, whose `weights` are the FP32 graph in canonical form.
+    `observed_onnx` is the FP32 graph with every observed tensor as an output. `source` is what is quantized: the
+    PyTorch network, or an ONNX file or export, whose `weights` are the FP32 graph in canonical form. `is_trained`
+    says that its weights are no longer those of the FP32 graph.
     """
 
     name: str
@@ -88,4 +123,6 @@ class ModelRecord:
     num_classes: int
     class_names: tuple[str, ...]
     warnings: tuple[str, ...]
+    coverage: Coverage
     source: Literal["torch", "onnx"] = "torch"
+    is_trained: bool = False

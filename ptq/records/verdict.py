@@ -100,6 +100,24 @@ class VerdictGraphChecks(_Part):
     warnings: int
 
 
+class VerdictFloatLayer(_Part):
+    """A layer that stays in float, and why."""
+
+    name: str
+    macs: int
+    reason: str
+
+
+class VerdictCoverage(_Part):
+    """How many convolutions and linear layers are quantized, and their share of all multiply-accumulates."""
+
+    layers: int
+    int8_layers: int
+    int8_macs_percent: float
+    batchnorms: int
+    in_float: tuple[VerdictFloatLayer, ...]
+
+
 class VerdictParity(_Part):
     """The INT8 model on its engine and its file in float, both against FP32. `layer` is where they part, or empty."""
 
@@ -160,6 +178,7 @@ class Verdict(_Part):
     best: VerdictBest
     benchmark: tuple[VerdictMeasurement, ...]
     red_flags: tuple[str, ...] = ()
+    coverage: VerdictCoverage | None = None
     int8: VerdictInt8
     graph_checks: VerdictGraphChecks
     parity: VerdictParity | None = None

@@ -32,6 +32,7 @@ from ptq.records.verdict import (
     VerdictBaseline,
     VerdictBest,
     VerdictCandidate,
+    VerdictCoverage,
     VerdictEngine,
     VerdictFile,
     VerdictGraphChecks,
@@ -118,6 +119,7 @@ def compose_verdict(
             for measured in findings.benchmark.measurements
         ),
         red_flags=findings.benchmark.red_flags,
+        coverage=VerdictCoverage.model_validate(findings.model.coverage),
         int8=VerdictInt8.model_validate(int8),
         graph_checks=VerdictGraphChecks(
             errors=sum(check.errors for check in findings.checks),

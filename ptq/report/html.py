@@ -69,7 +69,7 @@ def html_report(inputs: ReportInputs) -> str:
         int8=int8_table(inputs),
         engines=engines_table(inputs),
         float_in_engine=float_layers_in_engine(inputs),
-        placement=placement_table(inputs.plan),
+        placement=placement_table(inputs.plan, inputs.model.coverage),
         parity=parity_table(inputs),
         isas=isas_tables(inputs),
         checks=checks_table(inputs),

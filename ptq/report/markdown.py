@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from ptq.report.cells import Table
 from ptq.report.charts import report_box_plot_png
 from ptq.report.engine_tables import int8_table, isas_tables, parity_table
-from ptq.report.inputs import LAYERS_IN_A_SENTENCE, ReportInputs, run_warnings, slow_sentences, verdict_sentence
+from ptq.report.inputs import ReportInputs, run_warnings, slow_sentences, verdict_sentence
 from ptq.report.page_parts import data_uri
 from ptq.report.run_tables import (
     WORST_SHOWN,
@@ -25,7 +25,6 @@ from ptq.report.run_tables import (
     tables_of_published,
     trials_table,
 )
-from ptq.wording import first_names
 
 
 def markdown_text(text: str) -> str:
@@ -43,7 +42,6 @@ def markdown_report(inputs: ReportInputs) -> str:
     findings, _ = findings_tables(inputs.checks)
     warnings = run_warnings(inputs)
     slow = [f"**{markdown_text(sentence)}**\n" for sentence in slow_sentences(inputs)]
-    float_layers = first_names(inputs.plan.float_layers, LAYERS_IN_A_SENTENCE) or "none"
     parts = [
         f"# INT8 quantization of {markdown_text(inputs.verdict.model)}\n",
         f"**{markdown_text(verdict_sentence(inputs))}**\n",
@@ -63,8 +61,8 @@ def markdown_report(inputs: ReportInputs) -> str:
         *slow,
         "## What ran in INT8\n",
         *map(_markdown_table, isas_tables(inputs)),
-        *map(_markdown_table, (int8_table(inputs), parity_table(inputs), placement_table(inputs.plan))),
-        f"Layers left in float by the placement: {markdown_text(float_layers)}.\n",
+        *map(_markdown_table, (int8_table(inputs), parity_table(inputs))),
+        _markdown_table(placement_table(inputs.plan, inputs.model.coverage)),
         "## Graph checks\n",
         _markdown_table(checks_table(inputs)),
         *([_markdown_table(findings)] if findings.rows else []),

@@ -12,7 +12,7 @@ from ptq.records.benchmark import Measurement
 from ptq.records.calibration import LayerLength
 from ptq.records.decision import PublishedComparison
 from ptq.records.graph import GraphChecks
-from ptq.records.plan import PlacementPlan
+from ptq.records.plan import Coverage, PlacementPlan
 from ptq.records.verdict import VerdictCandidate
 from ptq.report.cells import (
     PRECISIONS,
@@ -36,7 +36,7 @@ from ptq.report.inputs import (
     slower_than_float,
     test_metrics,
 )
-from ptq.wording import engine_text
+from ptq.wording import engine_text, first_names
 
 FLIPPED_IMAGES_SHOWN = 50
 CLASSES_IN_A_TABLE = 50
@@ -236,14 +236,21 @@ def latency_table(inputs: ReportInputs) -> Table:
     )
 
 
-def placement_table(plan: PlacementPlan) -> Table:
-    """Returns where the plan puts quantizers."""
+def placement_table(plan: PlacementPlan, coverage: Coverage) -> Table:
+    """Returns where the plan puts quantizers, and how much of the network they reach."""
+    share = f"{coverage.int8_macs_percent:.1f} % of the multiply-accumulates"
+    reasons = dict.fromkeys(layer.reason for layer in coverage.in_float)
+    in_float = "; ".join(
+        f"{first_names([layer.name for layer in coverage.in_float if layer.reason == reason])}: {reason}"
+        for reason in reasons
+    )
     unsigned = sum(spec.never_negative for spec in plan.activations)
     traced = "operations: the graph was traced" if plan.traced else "modules only: the graph could not be traced"
     rows = (
         ("Quantizers placed by", traced),
-        ("Layers quantized", f"{len(plan.quantized_layers):,}"),
-        ("Layers left in float", f"{len(plan.float_layers):,}"),
+        ("Convolutions and linear layers in INT8", f"{coverage.int8_layers:,} of {coverage.layers:,}, {share}"),
+        ("Layers left in float", in_float or "none"),
+        ("BatchNorms that no layer could take in", f"{coverage.batchnorms:,}"),
         ("Residual adds quantized", f"{plan.quantized_residual_adds:,} of {plan.residual_adds:,}"),
         (
             "Activation quantizers",

@@ -11,7 +11,7 @@ from ptq.evaluation.benchmark import FileMeasurement
 from ptq.evaluation.predictions import ClassMetrics
 from ptq.records.evaluation import IsaEvaluation, SplitMetrics
 from ptq.records.graph import GraphChecks, GraphFinding
-from ptq.records.verdict import Verdict, VerdictMeasurement, VerdictParity, VerdictPublished
+from ptq.records.verdict import Verdict, VerdictCoverage, VerdictMeasurement, VerdictParity, VerdictPublished
 from ptq.report.cells import Table, fixed, interval_text, percent_change, probability
 from ptq.report.engine_tables import isas_table
 from ptq.storage.garbage import Collection
@@ -26,7 +26,18 @@ def tables_of_verdict(verdict: Verdict) -> tuple[Table, ...]:
     in_service = (_in_service(verdict.in_service),) if verdict.in_service else ()
     parity = (_parity(verdict.parity),) if verdict.parity else ()
     isas = (isas_table(verdict.isas),) if verdict.isas else ()
-    return _accuracy(verdict), _trials(verdict), _latency(verdict), *isas, *parity, *in_service
+    coverage = (_coverage(verdict.coverage),) if verdict.coverage else ()
+    return _accuracy(verdict), _trials(verdict), *coverage, _latency(verdict), *isas, *parity, *in_service
+
+
+def _coverage(found: VerdictCoverage) -> Table:
+    rows = [("INT8", str(found.int8_layers), f"{fixed(found.int8_macs_percent, 1)} % of multiply-accumulates")]
+    for reason in dict.fromkeys(layer.reason for layer in found.in_float):
+        names = [layer.name for layer in found.in_float if layer.reason == reason]
+        rows.append(("Float", str(len(names)), f"{first_names(names)}: {reason}"))
+    if found.batchnorms:
+        rows.append(("Float", str(found.batchnorms), "BatchNorms that no layer could take in"))
+    return Table(f"{found.layers:,} convolutions and linear layers", ("Type", "Layers", "What"), tuple(rows))
 
 
 def _in_service(found: VerdictPublished) -> Table:

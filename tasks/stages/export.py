@@ -13,6 +13,7 @@ from ptq.graph.candidate import write_candidate
 from ptq.graph.insertion import write_qdq_template
 from ptq.quantization.prepare_torch import write_template
 from ptq.quantization.prepared import plan_from_file
+from ptq.quantization.same_function import require_same_function
 from ptq.records.base import ArtifactRef
 from ptq.records.calibration import AmaxRecord
 from ptq.records.graph import GraphRecord
@@ -40,6 +41,8 @@ def export_qdq(model: ModelRecord, weight_method: WeightMethod, *, run: StageCon
                 input_shape=model.input_shape,
                 weight_method=weight_method,
             )
+        if not model.is_trained:
+            require_same_function(path, store.get_path(model.fp32_onnx), input_shape=model.input_shape)
         template = store.put_file(path)
     get_run_logger().info("Exported the Q/DQ template, %d bytes", template.size_bytes)
     return template

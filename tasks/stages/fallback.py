@@ -27,17 +27,24 @@ from tasks.runtime.stage import stage
 _MEASURED = ("config.fallback.images", "config.quantization.weight_method", "dialect", "normalization")
 
 
-def is_worth_trying(findings: RunFindings, run: RunContext) -> bool:
+def is_worth_trying(findings: RunFindings, model: ModelRecord, run: RunContext) -> bool:
     """Whether anything is configured, and accuracy is all that the gate found fault with."""
     config = run.config.fallback
     is_configured = config.per_layer_method or config.float_layers or config.qat_epochs
-    return bool(is_configured) and fallback.only_accuracy_failed(
+    is_worth = bool(is_configured) and fallback.only_accuracy_failed(
         comparison=findings.selection.comparison,
         benchmark=findings.benchmark,
         graph_errors=sum(check.errors for check in findings.checks),
         parity=findings.parity,
         limits=run.config.gate,
     )
+    if is_worth and model.source == "onnx":
+        get_run_logger().warning(
+            "What the section fallback asks for was not tried: it works on a PyTorch network, and this one is "
+            "quantized by way of its ONNX export. quantization.skip_layers leaves layers in float."
+        )
+        return False
+    return is_worth
 
 
 @stage(returns=MethodChoice, timeout_seconds=24 * 3600, uses=_MEASURED, ignores=("threads",))
@@ -168,7 +175,7 @@ def fine_tune(model: ModelRecord, amax: AmaxRecord, draws: CalibrationDraws, *, 
     what = fallback.describe_fine_tuning(found, images=draws.prepared.images, learning_rate=learning_rate)
     get_run_logger().info("Trying %s", what)
     # The FP32 graph stays: the baseline is what came in, not what QAT made of it.
-    tuned = dataclasses.replace(model, weights=weights, warnings=(*model.warnings, f"{what}."))
+    tuned = dataclasses.replace(model, weights=weights, warnings=(*model.warnings, f"{what}."), is_trained=True)
     return FineTuning(model=tuned, losses=found.losses, kept_epoch=found.kept_epoch, what=what)
 
 

@@ -4,16 +4,19 @@ import dataclasses
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from prefect.logging import get_run_logger
 
 from ptq.calibration.calibrate import RANGE_IMAGES, ranges_from_files
 from ptq.data.remote_inputs import Inputs, checkpoint_file
+from ptq.graph.coverage import describe, require_coverage
 from ptq.graph.source import source_digest
 from ptq.networks.checkpoint import model_sources
 from ptq.networks.factory import factory_digest
-from ptq.quantization.prepare_onnx import equalize_onnx_model, prepare_onnx_model
-from ptq.quantization.prepare_torch import equalize_model, prepare_torch_model
+from ptq.quantization import prepare
+from ptq.quantization.prepare_onnx import equalize_onnx_model
+from ptq.quantization.prepare_torch import equalize_model
 from ptq.quantization.prepared import plan_from_file
 from ptq.records.calibration import CalibrationDraws
 from ptq.records.plan import ModelRecord
@@ -45,10 +48,11 @@ def _sources(run: RunContext) -> list[str]:
 def prepare_model(class_names: tuple[str, ...], has_named_classes: bool, *, run: RunContext) -> ModelRecord:
     """Load the checkpoint or the ONNX file, fold BatchNorm and decide where quantizers go."""
     store, model = run.store, run.config.model
-    prepare = prepare_onnx_model if model.is_onnx else partial(prepare_torch_model, name=model.name)
     with checkpoint_file(model.checkpoint, store) as checkpoint, tempfile.TemporaryDirectory() as directory:
-        prepared = prepare(
+        prepared = prepare.prepare_model(
+            name=model.name,
             checkpoint=checkpoint,
+            is_onnx=model.is_onnx,
             class_count=len(class_names),
             has_named_classes=has_named_classes,
             input_shape=run.input_shape,
@@ -56,10 +60,11 @@ def prepare_model(class_names: tuple[str, ...], has_named_classes: bool, *, run:
             whole_operators=run.whole_operators,
             directory=Path(directory),
         )
-        files = {name: store.put_file(path) for name, path in prepared.files.items()}
+        files: dict[str, Any] = {name: store.put_file(path) for name, path in prepared.files.items()}
     plan = prepared.plan
     for warning in prepared.warnings:
         get_run_logger().warning(warning)
+    get_run_logger().info(describe(prepared.coverage))
     get_run_logger().info(
         "Placed %d activation and %d weight quantizers; %d of %d residual adds have one quantized operand",
         len(plan.activations),
@@ -74,9 +79,15 @@ def prepare_model(class_names: tuple[str, ...], has_named_classes: bool, *, run:
         num_classes=prepared.num_classes,
         class_names=class_names,
         warnings=prepared.warnings,
-        source="onnx" if model.is_onnx else "torch",
+        coverage=prepared.coverage,
+        source=prepared.source,
         **files,
     )
+
+
+def check_coverage(model: ModelRecord, run: RunContext) -> None:
+    """Raises before anything is calibrated where too little of the network can be in INT8."""
+    require_coverage(model.coverage, run.config.gate.min_int8_macs_percent)
 
 
 @stage(returns=ModelRecord, timeout_seconds=3600, uses=("dialect", "normalization"), ignores=("threads",))

@@ -82,6 +82,7 @@ def stages(notes):
     return [note["stage"] for note in notes]
 
 
+@pytest.mark.slow
 def test_without_fallback_a_rejected_model_stays_rejected_and_nothing_new_runs(
     checkpoints, image_folder, store, tmp_path
 ):

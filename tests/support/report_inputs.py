@@ -20,7 +20,7 @@ from ptq.records.evaluation import (
 )
 from ptq.records.graph import EngineIdentity, EngineRecord, GraphChecks, GraphFinding, Int8Share
 from ptq.records.parity import Likeness, ParityRecord, Parting
-from ptq.records.plan import ModelRecord, PlacementPlan, QuantizerSpec
+from ptq.records.plan import Coverage, LayerInFloat, ModelRecord, PlacementPlan, QuantizerSpec
 from ptq.records.verdict import Verdict
 from ptq.report.inputs import ReportInputs
 
@@ -254,6 +254,15 @@ def make_inputs(**changes):
             num_classes=2,
             class_names=("NORMAL", "PNEUMONIA"),
             warnings=(),
+            coverage=Coverage(
+                layers=54,
+                int8_layers=53,
+                macs=4_087_000_000,
+                int8_macs=4_086_000_000,
+                chosen_macs=0,
+                batchnorms=0,
+                in_float=(LayerInFloat("fc", 1_000_000, "its weight is computed from other parameters"),),
+            ),
         ),
         "data": DataRecord(
             table=ArtifactRef(name="images.parquet", sha256="a" * 64, size_bytes=1),

@@ -304,7 +304,7 @@ def changed(config, field, value):
     ("field", "value", "expected"),
     [
         ("calibration.percentiles", [90.0], DOWN_FROM_AMAX),
-        ("calibration.seed", 7, {"draw_calibration_images", *DOWN_FROM_DRAWS}),
+        slow("calibration.seed", 7, {"draw_calibration_images", *DOWN_FROM_DRAWS}),
         ("gate.max_drop_pp", 99.0, {"decide"}),
         ("quantization.weight_method", "mse", {*EXPORTED, "correct_biases", *DOWN_FROM_AMAX}),
         slow("calibration.bins", 1024, {"collect_statistics", *DOWN_FROM_AMAX}),

@@ -102,6 +102,7 @@ def test_the_command_line_gives_the_variable_where_a_server_would_find_the_modul
     assert "UVICORN_LOOP" not in cli._environment()
 
 
+@pytest.mark.slow
 def test_as_a_program_it_is_prefect_and_collects_elsewhere():
     program = """
 import gc, runpy, sys
