@@ -88,7 +88,7 @@ def require_coverage(coverage: Coverage, least_percent: float) -> None:
 
 def _reason(layer: _Layer, chosen: Collection[str]) -> str:
     if layer.name in chosen:
-        return "left in float by the settings"
+        return "left in float by choice"
     if not layer.is_stored:
         return "its weight is computed from other parameters"
     return "no module or node of a kind that gets quantizers"

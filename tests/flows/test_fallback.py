@@ -112,7 +112,7 @@ def test_the_most_sensitive_layer_left_in_float_makes_the_model_acceptable(check
     assert latest["onnx_sha256"] == verdict.files["model_int8.onnx"].sha256
     report = (tmp_path / "report.md").read_text()
     assert "**What was tried before giving up**" in report
-    assert "Layers left in float by the placement: gather." in report
+    assert "| Layers left in float | gather: left in float by choice |" in report
 
 
 @pytest.mark.slow

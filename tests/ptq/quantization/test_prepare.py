@@ -144,7 +144,7 @@ def test_layers_left_out_by_choice_are_named_and_not_held_against_the_network(tm
     assert found.source == "torch"
     assert found.coverage.int8_layers == 5
     assert found.coverage.int8_macs_percent == 100
-    assert describe(found.coverage).endswith("in float: block1.conv1, fc (left in float by the settings).")
+    assert describe(found.coverage).endswith("in float: block1.conv1, fc (left in float by choice).")
 
 
 def test_too_little_in_int8_ends_a_run_before_it_calibrates(tmp_path):
