@@ -18,15 +18,9 @@ WeightMethod = Literal["max", "mse"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 # Instruction sets that kernels can be limited to, as oneDNN names them, from the oldest to the newest.
 Isa = Literal[
-    "sse41",
-    "avx2",
-    "avx2_vnni",
-    "avx512_core",
-    "avx512_core_vnni",
-    "avx512_core_bf16",
-    "avx512_core_fp16",
+    "sse41", "avx2", "avx2_vnni", "avx512_core", "avx512_core_vnni", "avx512_core_bf16", "avx512_core_fp16",
     "avx512_core_amx",
-]
+]  # fmt: skip
 
 METHODS: tuple[Method, ...] = get_args(Method)
 Percentile = Annotated[float, Field(gt=0, le=100)]
@@ -68,21 +62,25 @@ class PreprocessingConfig(_Section):
 
     channels: Literal[1, 3] = Field(3, description="Channels of the network's input: 3 for RGB, 1 for grey.")
     resize: int = Field(256, ge=4, le=4096, description="Length of the shorter side after resizing, in pixels.")
-    crop: int = Field(
-        224,
-        ge=4,
-        le=4096,
-        description="Side of the centred square that is kept, in pixels; where a command names none, at most resize.",
-    )
+    crop: int = Field(224, ge=4, le=4096, description="Side of the centred square that is kept, at most resize.")
     interpolation: Literal["nearest", "bilinear", "bicubic"] = Field(
         "bilinear", description="Filter used when an image is resized."
     )
     mean: tuple[float, ...] = Field(
-        (0.485, 0.456, 0.406), description="Mean subtracted per channel, after scaling pixels to [0, 1]."
+        (0.485, 0.456, 0.406), description="Mean per channel, or one for all, subtracted from pixels in [0, 1]."
     )
     std: tuple[float, ...] = Field(
-        (0.229, 0.224, 0.225), description="Standard deviation divided by, per channel, in units of [0, 1]."
+        (0.229, 0.224, 0.225), description="Standard deviation per channel, or one for all, in units of [0, 1]."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_for_every_channel(cls, content: Any) -> Any:
+        if not isinstance(content, Mapping) or content.get("channels", 3) != 3:
+            return content
+        given = {name: content.get(name) for name in ("mean", "std")}
+        single = {name: [*of] * 3 for name, of in given.items() if isinstance(of, list | tuple) and len(of) == 1}
+        return {**content, **single}
 
     @model_validator(mode="after")
     def _fits(self) -> "PreprocessingConfig":

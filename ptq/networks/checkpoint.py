@@ -1,8 +1,12 @@
 """Which weights does a checkpoint hold, and do they fit the network?"""
 
+import argparse
+import pathlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import nn
@@ -10,17 +14,51 @@ from torch import nn
 from ptq.errors import CheckpointError
 from ptq.files import file_sha256
 from ptq.networks.factory import create_model, factory_digest
-from ptq.wording import first_line
+from ptq.wording import first_line, first_names
 
-_STATE_KEYS = ("model_state_dict", "state_dict", "model")
+# Where trainers keep the weights, the first that is there; an average of them only where nothing else is.
+_STATE_KEYS = (
+    "model_state_dict",
+    "state_dict",
+    "model_state",
+    "model",
+    "network",
+    "net",
+    "weights",
+    "params",
+    "module",
+)
+_AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
+# What wrappers put before every name.
+_WRAPPERS = ("module.", "_orig_mod.")
+# What profilers leave in a network, and BatchNorm counts for its training.
+_COUNTERS = ("total_ops", "total_params", "num_batches_tracked")
+# Beside tensors, what training scripts keep: options, and numbers of numpy. None of them runs anything.
+_PLAIN = [
+    argparse.Namespace,
+    pathlib.PosixPath,
+    np.dtype,
+    np.ndarray,
+    np._core.multiarray.scalar,  # type: ignore[attr-defined]
+    np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
+    *(kind for kind in vars(np.dtypes).values() if isinstance(kind, type)),
+]
 
 
-def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The weights of a checkpoint by their names, and what a person should know of how they were taken."""
+
+    state: dict[str, torch.Tensor]
+    notes: tuple[str, ...] = ()
+
+
+def read_weights(path: Path) -> Weights:
     """Returns the weights in a checkpoint, in float32 where they are floating.
 
-    Accepts `.safetensors`, and what `torch.save` wrote: a plain state dict, or a dict that has one under
-    `model_state_dict`, `state_dict` or `model`. The prefix `module.` of DataParallel is removed. Nothing is
-    unpickled but tensors (`weights_only=True`).
+    Accepts `.safetensors`, and what `torch.save` wrote: a plain state dict, or a dict that has one under one of the
+    names that trainers use. The prefixes `module.` of DataParallel and `_orig_mod.` of torch.compile are removed.
+    Nothing is unpickled but tensors, options and numbers (`weights_only=True`).
 
     Raises:
         CheckpointError: the file is absent, is no checkpoint, or holds something else than tensors.
@@ -31,17 +69,27 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             content: object = safetensors.torch.load_file(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(_PLAIN):
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the two libraries raise a dozen kinds, all meaning: not a checkpoint
         raise CheckpointError(
             f"Checkpoint {path} ({path.stat().st_size:,} bytes) holds no weights that can be read safely: "
             f"{first_line(error)}. Expected a state dict written by torch.save(model.state_dict(), ...) or a "
             ".safetensors file."
         ) from error
-    for key in _STATE_KEYS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
+    notes = []
+    while isinstance(content, Mapping):
+        held = [key for key in (*_STATE_KEYS, *_AVERAGES) if isinstance(content.get(key), Mapping)]
+        if not held:
             break
+        averages = [key for key in held if key in _AVERAGES]
+        if averages:
+            other = "The weights themselves are not there" if averages[0] == held[0] else f"{averages[0]} was not used"
+            notes.append(
+                f"The checkpoint keeps an average of the weights (EMA) under {averages[0]}: {held[0]} was taken. "
+                f"{other}; to choose, save the state dict alone."
+            )
+        content = content[held[0]]
     if (
         not isinstance(content, Mapping)
         or not content
@@ -50,10 +98,53 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         found = f"a dict with the keys {list(content)[:5]}" if isinstance(content, Mapping) else type(content).__name__
         raise CheckpointError(
             f"Checkpoint {path} holds {found}, not a state dict. Expected tensors by name, plain or under "
-            f"{', '.join(_STATE_KEYS)}. Save model.state_dict()."
+            f"{', '.join((*_STATE_KEYS, *_AVERAGES))}. Save model.state_dict()."
         )
-    state = {str(key).removeprefix("module."): value for key, value in content.items()}
-    return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    state = {_unwrapped(str(key)): value.detach() for key, value in content.items()}
+    return Weights(
+        {key: value.float() if value.is_floating_point() else value for key, value in state.items()}, tuple(notes)
+    )
+
+
+def _unwrapped(name: str) -> str:
+    while name.startswith(_WRAPPERS):
+        name = next(name.removeprefix(wrapper) for wrapper in _WRAPPERS if name.startswith(wrapper))
+    return name
+
+
+def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """Returns the weights in a checkpoint; see `read_weights`."""
+    return read_weights(path).state
+
+
+def weights_for(path: Path, *, name: str, channels: int) -> Weights:
+    """Returns the weights of a checkpoint under the names that a network gives them.
+
+    Where they stand below another module, as Lightning's `model.`, what that module has beside is left out. Counters
+    of profilers are left out.
+
+    Raises:
+        CheckpointError: the file cannot be read; whether the weights fit is asked by `load_weights_`.
+        UsageError: there is no such network.
+    """
+    found = read_weights(path)
+    expected = create_model(name, num_classes=2, channels=channels).state_dict()
+    state, notes = found.state, list(found.notes)
+    weights = [key for key in expected if not key.endswith(_COUNTERS)]
+    if weights and weights[0] not in state:
+        prefixes = [key.removesuffix(weights[0]) for key in state if key.endswith(f".{weights[0]}")]
+        fitting = [each for each in prefixes if all(f"{each}{key}" in state for key in weights)]
+        if fitting:
+            prefix = min(fitting, key=len)
+            others = [key for key in state if not key.startswith(prefix)]
+            if others:
+                notes.append(
+                    f"Of the checkpoint the weights under {prefix} were taken; {len(others)} others "
+                    f"({first_names(others)}) belong to no layer of {name}."
+                )
+            state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    kept = {key: value for key, value in state.items() if key in expected or not key.endswith(_COUNTERS)}
+    return Weights(kept, tuple(notes))
 
 
 def head_size(state: Mapping[str, torch.Tensor], *, name: str, channels: int) -> int:

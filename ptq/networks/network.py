@@ -17,6 +17,7 @@ from ptq.files import file_sha256
 from ptq.networks.checkpoint import load_weights_
 from ptq.networks.factory import create_model
 from ptq.networks.folding import FoldedModel, fold_model
+from ptq.networks.outputs import take_logits_
 
 # A run works on its network as it came and on the equalized one.
 _MOST_KEPT = 2
@@ -33,17 +34,21 @@ class NetworkKind:
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """A network with its weights, and what `fold_model` made of it."""
+    """A network with its weights, and what `fold_model` made of it; `note` says what of its output was taken."""
 
     original: nn.Module
     folded: FoldedModel
+    note: str = ""
 
 
 _KEPT: OrderedDict[tuple[str, NetworkKind], Network] = OrderedDict()
 
 
-def network_as_built(state: Mapping[str, torch.Tensor], kind: NetworkKind, *, source: str) -> nn.Module:
-    """Builds the network and loads its weights; `source` names these in messages.
+def network_as_built(state: Mapping[str, torch.Tensor], kind: NetworkKind, *, source: str) -> tuple[nn.Module, str]:
+    """Builds the network, which returns its logits alone, and loads its weights; `source` names these in messages.
+
+    Returns:
+        the network, and a note where there was more to choose from.
 
     Raises:
         CheckpointError: the weights do not fit.
@@ -51,13 +56,13 @@ def network_as_built(state: Mapping[str, torch.Tensor], kind: NetworkKind, *, so
     """
     network = create_model(kind.name, num_classes=kind.num_classes, channels=kind.input_shape[0])
     load_weights_(network, state, name=kind.name, source=source)
-    return network
+    return network, take_logits_(network, input_shape=kind.input_shape, num_classes=kind.num_classes)
 
 
 def network_from_state(state: Mapping[str, torch.Tensor], kind: NetworkKind, *, source: str) -> Network:
     """Builds the network and folds it; see `network_as_built`."""
-    original = network_as_built(state, kind, source=source)
-    return Network(original, fold_model(original, input_shape=kind.input_shape))
+    original, note = network_as_built(state, kind, source=source)
+    return Network(original, fold_model(original, input_shape=kind.input_shape), note)
 
 
 def network_from_weights(weights: Path, kind: NetworkKind) -> Network:

@@ -21,7 +21,7 @@ from ptq.config import TrainingConfig
 from ptq.data.images import network_input
 from ptq.data.remote_inputs import Inputs, checkpoint_file
 from ptq.errors import ManifestError, UsageError
-from ptq.networks.checkpoint import checkpoint_digest, load_weights_, read_state_dict
+from ptq.networks.checkpoint import checkpoint_digest, load_weights_, weights_for
 from ptq.networks.factory import create_model, factory_digest
 from ptq.uris import is_remote
 
@@ -329,7 +329,8 @@ def train_from_files(
     model = create_model(config.model, num_classes=class_count, channels=preprocessing.channels, seed=config.seed)
     if config.checkpoint:
         with checkpoint_file(config.checkpoint) as file:
-            load_weights_(model, read_state_dict(file), name=config.model, source=config.checkpoint)
+            read = weights_for(file, name=config.model, channels=preprocessing.channels)
+            load_weights_(model, read.state, name=config.model, source=config.checkpoint)
     result = train_classifier(
         model,
         train=_arrays(train),

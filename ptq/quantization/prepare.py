@@ -68,7 +68,7 @@ def prepare_model(
     folder = directory / "exported"
     folder.mkdir()
     try:
-        sha256 = export_network(
+        sha256, notes = export_network(
             folder / "network.onnx",
             name=name,
             checkpoint=checkpoint,
@@ -82,7 +82,7 @@ def prepare_model(
         return traced
     if isinstance(traced, PreparedModel) and _in_int8(exported) <= _in_int8(traced):
         return traced
-    return dataclasses.replace(exported, warnings=(*exported.warnings, _why(traced)))
+    return dataclasses.replace(exported, warnings=(*notes, *exported.warnings, _why(traced)))
 
 
 def _is_whole(coverage: Coverage) -> bool:

@@ -21,17 +21,13 @@ from ptq.graph.insertion import write_observed
 from ptq.graph.source import OnnxSource, read_source, source_digest
 from ptq.quantization.equalize import layer_factors
 from ptq.quantization.onnx_view import scale_layers_, view_of
-from ptq.quantization.prepared import PreparedModel
+from ptq.quantization.prepared import PreparedModel, output_note
 from ptq.quantization.rules import place_quantizers
 from ptq.records.base import to_jsonable
 from ptq.records.plan import PlacementPlan
 
 # Two float executions of one network differ by rounding; folding BatchNorm moves that by a little.
 _TOLERANCE = 1e-3
-_PROBABILITIES = (
-    "The model ends in a Softmax, which stays in float: its outputs are probabilities, and the loss is "
-    "computed from them as if they were logits."
-)
 
 
 def prepare_onnx_model(
@@ -88,8 +84,7 @@ def prepare_onnx_model(
     )
     write_observed(files["weights"], files["observed_onnx"], plan=plan)
     files["plan"].write_text(json.dumps(to_jsonable(plan), indent=1))
-    ends_in_softmax = graph.outputs[0].inputs[0].op == "Softmax"
-    notes = (*plan.warnings, *([_PROBABILITIES] if ends_in_softmax else []))
+    notes = tuple(note for note in (*plan.warnings, output_note(files["fp32_onnx"])) if note)
     coverage = measure_coverage(files["fp32_onnx"], plan)
     return PreparedModel(digest, files, num_classes, plan, notes, coverage, source="onnx")
 

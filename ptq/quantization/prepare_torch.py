@@ -20,7 +20,7 @@ from ptq.dialect import observed_names
 from ptq.errors import CheckpointError, ExportError
 from ptq.files import file_sha256
 from ptq.graph.coverage import measure_coverage
-from ptq.networks.checkpoint import head_size, read_state_dict
+from ptq.networks.checkpoint import head_size, weights_for
 from ptq.networks.export import HalfPrecision, export_onnx, export_qdq_template
 from ptq.networks.fake_quant import fake_quant_from_folded, weight_amax
 from ptq.networks.folding import check_runs
@@ -35,7 +35,7 @@ from ptq.networks.network import (
 from ptq.networks.observed import observed_from_folded
 from ptq.networks.unfolding import unfolded_state
 from ptq.quantization.equalize import layer_factors
-from ptq.quantization.prepared import PreparedModel
+from ptq.quantization.prepared import PreparedModel, output_note
 from ptq.quantization.rules import place_quantizers
 from ptq.quantization.same_function import require_same_export
 from ptq.quantization.torch_view import scale_layers_, view_of
@@ -71,7 +71,8 @@ def prepare_torch_model(
         ExportError: the model cannot run or be exported.
         UsageError: there is no such network or layer.
     """
-    state = read_state_dict(checkpoint)
+    read = weights_for(checkpoint, name=name, channels=input_shape[0])
+    state = read.state
     num_classes = class_count if has_named_classes else head_size(state, name=name, channels=input_shape[0])
     if num_classes < class_count:
         raise CheckpointError(
@@ -102,15 +103,19 @@ def prepare_torch_model(
     require_same_export(network.original, files["fp32_onnx"], input_shape=input_shape)
     _write_observed(folded.module, plan, files["observed_onnx"], input_shape=input_shape)
     files["plan"].write_text(json.dumps(to_jsonable(plan), indent=1))
-    notes = tuple(note for note in (folded.warning, *plan.warnings) if note)
+    notes = tuple(
+        note
+        for note in (*read.notes, network.note, output_note(files["fp32_onnx"]), folded.warning, *plan.warnings)
+        if note
+    )
     coverage = measure_coverage(files["fp32_onnx"], plan)
     return PreparedModel(sha256, files, num_classes, plan, notes, coverage, source="torch")
 
 
 def export_network(
     path: Path, *, name: str, checkpoint: Path, num_classes: int | None, input_shape: tuple[int, int, int]
-) -> str:
-    """Writes a network as it is built, with its weights, as an ONNX file, and returns the checkpoint's SHA-256.
+) -> tuple[str, tuple[str, ...]]:
+    """Writes a network as it is built, with its weights, as an ONNX file.
 
     The batch is free, or one image where the export would hold the number of images that it was made with.
 
@@ -121,21 +126,24 @@ def export_network(
         num_classes: outputs of the model; None for as many as the checkpoint has.
         input_shape: (c, h, w).
 
+    Returns:
+        the checkpoint's SHA-256, and what a person should know of how it was read.
+
     Raises:
         CheckpointError: the checkpoint cannot be read or does not fit.
         ExportError: the model cannot be exported.
     """
-    state = read_state_dict(checkpoint)
+    read = weights_for(checkpoint, name=name, channels=input_shape[0])
     if num_classes is None:
-        num_classes = head_size(state, name=name, channels=input_shape[0])
-    network = network_as_built(state, NetworkKind(name, num_classes, input_shape), source=str(checkpoint))
+        num_classes = head_size(read.state, name=name, channels=input_shape[0])
+    network, note = network_as_built(read.state, NetworkKind(name, num_classes, input_shape), source=str(checkpoint))
     try:
         export_onnx(network, path, input_shape=input_shape)
         require_same_export(network, path, input_shape=input_shape)
     except ExportError:
         export_onnx(network, path, input_shape=input_shape, batch_size=1)
         require_same_export(network, path, input_shape=input_shape, batch_size=1)
-    return file_sha256(checkpoint)
+    return file_sha256(checkpoint), (*read.notes, *([note] if note else []))
 
 
 def equalize_model(
@@ -238,7 +246,7 @@ def write_float_model(
         CheckpointError: the checkpoint cannot be read or does not fit.
         ExportError: the model cannot run or be exported.
     """
-    state = read_state_dict(checkpoint)
+    state = weights_for(checkpoint, name=name, channels=input_shape[0]).state
     num_classes = head_size(state, name=name, channels=input_shape[0])
     kind = NetworkKind(name, num_classes, input_shape)
     folded = network_from_state(state, kind, source=str(checkpoint)).folded

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import onnx
+
 from ptq.records.base import record_from_json
 from ptq.records.plan import Coverage, PlacementPlan
 
@@ -24,6 +26,18 @@ class PreparedModel:
     warnings: tuple[str, ...]
     coverage: Coverage
     source: Literal["torch", "onnx"]
+
+
+def output_note(fp32: Path) -> str:
+    """Returns what a person should know of what an FP32 graph ends in; empty where it returns logits."""
+    graph = onnx.load(fp32).graph
+    (last,) = [node for node in graph.node if graph.output[0].name in node.output]
+    if last.op_type not in ("Softmax", "Sigmoid"):
+        return ""
+    return (
+        f"The model ends in a {last.op_type}, which stays in float: its outputs are probabilities, and the loss is "
+        "computed from them as if they were logits."
+    )
 
 
 def plan_from_file(path: Path) -> PlacementPlan:

@@ -1,3 +1,7 @@
+import argparse
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from networks import SmallResNet, small_resnet
@@ -5,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ptq.errors import CheckpointError, ExportError, UsageError
-from ptq.networks.checkpoint import head_size, load_weights_, read_state_dict
+from ptq.networks.checkpoint import head_size, load_weights_, read_state_dict, read_weights, weights_for
 from ptq.networks.factory import create_model, factory_digest
 from ptq.networks.folding import check_runs, fold_model
 
@@ -59,11 +63,54 @@ def test_a_factory_that_is_not_there_says_so():
         create_model("networks:Missing", num_classes=7, channels=3)
 
 
-@pytest.mark.parametrize("key", [None, "model_state_dict", "state_dict", "model"])
+@pytest.mark.parametrize("key", [None, "model_state_dict", "state_dict", "model", "net", "weights", "state_dict_ema"])
 def test_a_state_dict_is_found_plain_or_under_the_usual_keys(tmp_path, key):
     state = {f"module.{name}": value for name, value in small_resnet().state_dict().items()}
     torch.save(state if key is None else {key: state, "epoch": 3}, tmp_path / "a.pth")
     assert set(read_state_dict(tmp_path / "a.pth")) == set(small_resnet().state_dict())
+
+
+NAME = "networks:SmallResNet"
+
+
+def fits(weights):
+    load_weights_(SmallResNet(), weights.state, name=NAME, source="m.pth")
+    return weights.notes
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model.", "net.", "a.b."])
+def test_names_below_another_module_are_those_of_the_network(tmp_path, prefix):
+    torch.save({f"{prefix}{key}": value for key, value in SmallResNet().state_dict().items()}, tmp_path / "a.pth")
+    assert fits(weights_for(tmp_path / "a.pth", name=NAME, channels=3)) == ()
+
+
+def test_what_a_training_module_has_beside_the_network_is_left_out_and_named(tmp_path):
+    state = {f"model.{key}": value for key, value in SmallResNet().state_dict().items()}
+    torch.save({"state_dict": {**state, "loss.weight": torch.ones(4)}, "epoch": 3}, tmp_path / "a.ckpt")
+    (note,) = fits(weights_for(tmp_path / "a.ckpt", name=NAME, channels=3))
+    assert "the weights under model. were taken; 1 others (loss.weight) belong to no layer" in note
+
+
+def test_options_numbers_and_counters_of_training_scripts_are_no_weights(tmp_path):
+    counters = {"total_ops": torch.zeros(1), "conv1.total_params": torch.zeros(1)}
+    content = {
+        "model": {**SmallResNet().state_dict(), **counters}, "args": argparse.Namespace(lr=0.1, data=Path("/data")),
+        "best": np.float64(0.97), "epoch": np.int64(3), "losses": np.ones(3),
+    }  # fmt: skip
+    torch.save(content, tmp_path / "a.pth")
+    assert fits(weights_for(tmp_path / "a.pth", name=NAME, channels=3)) == ()
+
+
+def test_an_average_beside_the_weights_is_named_and_taken_where_it_is_alone(tmp_path):
+    state = SmallResNet().state_dict()
+    average = {key: value * 0.5 for key, value in state.items()}
+    torch.save({"state_dict": state, "state_dict_ema": average}, tmp_path / "both.pth")
+    torch.save({"state_dict_ema": average}, tmp_path / "alone.pth")
+    both, alone = (read_weights(tmp_path / name) for name in ("both.pth", "alone.pth"))
+    assert torch.equal(both.state["fc.weight"], state["fc.weight"])
+    assert "(EMA) under state_dict_ema: state_dict was taken" in both.notes[0]
+    assert torch.equal(alone.state["fc.weight"], average["fc.weight"])
+    assert "The weights themselves are not there" in alone.notes[0]
 
 
 def test_safetensors_and_half_precision_become_float32(tmp_path):
