@@ -10,7 +10,7 @@ from typing import Literal
 
 from ptq.errors import UsageError
 
-Extra = Literal["dask", "server", "demo", "tensorrt"]
+Extra = Literal["dask", "server", "demo", "tensorrt", "timm"]
 
 
 @contextmanager

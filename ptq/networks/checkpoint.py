@@ -2,6 +2,7 @@
 
 import argparse
 import pathlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,12 @@ _AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
 _WRAPPERS = ("module.", "_orig_mod.")
 # What profilers leave in a network, and BatchNorm counts for its training.
 _COUNTERS = ("total_ops", "total_params", "num_batches_tracked")
+# What torchvision called layers before, and calls them now.
+_RENAMED = (
+    (re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)"), r"\1\2"),
+    (re.compile(r"(\.mlp)\.linear_1\."), r"\1.0."),
+    (re.compile(r"(\.mlp)\.linear_2\."), r"\1.3."),
+)
 # Beside tensors, what training scripts keep: options, and numbers of numpy. None of them runs anything.
 _PLAIN = [
     argparse.Namespace,
@@ -120,8 +127,8 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
 def weights_for(path: Path, *, name: str, channels: int) -> Weights:
     """Returns the weights of a checkpoint under the names that a network gives them.
 
-    Where they stand below another module, as Lightning's `model.`, what that module has beside is left out. Counters
-    of profilers are left out.
+    Where they stand below another module, as Lightning's `model.`, what that module has beside is left out, and so are
+    counters of profilers. Names that torchvision gave layers in older releases become today's.
 
     Raises:
         CheckpointError: the file cannot be read; whether the weights fit is asked by `load_weights_`.
@@ -143,6 +150,8 @@ def weights_for(path: Path, *, name: str, channels: int) -> Weights:
                     f"({first_names(others)}) belong to no layer of {name}."
                 )
             state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    for pattern, now in _RENAMED:
+        state = {key if key in expected else pattern.sub(now, key): value for key, value in state.items()}
     kept = {key: value for key, value in state.items() if key in expected or not key.endswith(_COUNTERS)}
     return Weights(kept, tuple(notes))
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ptq.errors import UsageError
+from ptq.extras import extra
 from ptq.files import file_sha256
 
 try:
@@ -26,13 +27,16 @@ finally:
     import torchvision
 
 
+_TIMM = "timm/"
+
+
 def create_model(name: str, *, num_classes: int, channels: int, seed: int = 0) -> nn.Module:
     """Returns the network `name` with random weights, in `eval()`.
 
     With 1 channel the first convolution is replaced by a 1-channel one of the same shape.
 
     Args:
-        name: a torchvision classifier, or `package.module:factory`; a factory is called with
+        name: a torchvision classifier, `timm/NAME`, or `package.module:factory`; a factory is called with
             `num_classes` if it takes that argument.
         num_classes: outputs of the last layer, at least 1.
         channels: channels of the input, 1 or 3.
@@ -47,6 +51,8 @@ def create_model(name: str, *, num_classes: int, channels: int, seed: int = 0) -
 
 
 def _built(name: str, num_classes: int, channels: int) -> nn.Module:
+    if name.startswith(_TIMM):
+        return _from_timm(name, num_classes, channels).eval()
     if ":" in name:
         model = _from_factory(name, num_classes)
     else:
@@ -55,13 +61,28 @@ def _built(name: str, num_classes: int, channels: int) -> nn.Module:
             close = [other for other in known if other[:6] == name[:6]] or known
             raise UsageError(
                 f"model.name is {name!r}; torchvision has no such classifier. Close to it: {', '.join(close[:12])}. "
-                "Give one of torchvision's names or package.module:factory."
+                "Give one of torchvision's names, timm/NAME or package.module:factory."
             )
         keywords = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
         model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **keywords)
     if channels != 3:
         _replace_stem_(model, channels)
     return model.eval()
+
+
+def _from_timm(name: str, num_classes: int, channels: int) -> nn.Module:
+    """A network of timm, which fits its own stem to the channels."""
+    with extra("timm", needed_by=f"model.name {name!r}"):
+        import timm
+    wanted = name.removeprefix(_TIMM)
+    if not timm.is_model(wanted):
+        close = timm.list_models(f"{wanted[:6]}*") or timm.list_models()
+        raise UsageError(
+            f"model.name is {name!r}; timm {timm.__version__} has no such network. Close to it: "
+            f"{', '.join(close[:12])}. Give one of timm's names behind timm/."
+        )
+    model: nn.Module = timm.create_model(wanted, pretrained=False, num_classes=num_classes, in_chans=channels)
+    return model
 
 
 def _from_factory(name: str, num_classes: int) -> nn.Module:

@@ -1,4 +1,5 @@
 import argparse
+import re
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,18 @@ def test_options_numbers_and_counters_of_training_scripts_are_no_weights(tmp_pat
     }  # fmt: skip
     torch.save(content, tmp_path / "a.pth")
     assert fits(weights_for(tmp_path / "a.pth", name=NAME, channels=3)) == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "before"),
+    [("densenet121", r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2"), ("vit_b_16", r"\.mlp\.0\.", ".mlp.linear_1.")],
+)
+def test_names_of_older_releases_become_todays(tmp_path, name, pattern, before):
+    state = create_model(name, num_classes=2, channels=3).state_dict()
+    older = {re.sub(pattern, before, key): torch.zeros(1) for key in state}
+    assert older.keys() != state.keys()
+    torch.save(older, tmp_path / "a.pth")
+    assert weights_for(tmp_path / "a.pth", name=name, channels=3).state.keys() == state.keys()
 
 
 def test_an_average_beside_the_weights_is_named_and_taken_where_it_is_alone(tmp_path):
