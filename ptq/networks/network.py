@@ -18,6 +18,7 @@ from ptq.networks.checkpoint import load_weights_
 from ptq.networks.factory import create_model
 from ptq.networks.folding import FoldedModel, fold_model
 from ptq.networks.outputs import take_logits_
+from ptq.networks.parametrizations import make_plain_
 
 # A run works on its network as it came and on the equalized one.
 _MOST_KEPT = 2
@@ -55,7 +56,10 @@ def network_as_built(state: Mapping[str, torch.Tensor], kind: NetworkKind, *, so
         UsageError: there is no such network.
     """
     network = create_model(kind.name, num_classes=kind.num_classes, channels=kind.input_shape[0])
+    if not {key for key in network.state_dict() if not key.endswith("num_batches_tracked")} <= state.keys():
+        make_plain_(network)  # weights that were computed once, as equalization leaves them
     load_weights_(network, state, name=kind.name, source=source)
+    make_plain_(network)
     return network, take_logits_(network, input_shape=kind.input_shape, num_classes=kind.num_classes)
 
 

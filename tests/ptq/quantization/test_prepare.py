@@ -10,6 +10,8 @@ from torch import nn
 from ptq.config import QuantizationConfig
 from ptq.errors import ExportError, UsageError
 from ptq.graph.coverage import describe, require_coverage
+from ptq.networks.network import NetworkKind, network_as_built, network_from_weights
+from ptq.networks.unfolding import unfolded_state
 from ptq.quantization.prepare import prepare_model
 from ptq.quantization.prepare_torch import write_template
 from ptq.quantization.same_function import require_same_export, require_same_function, without_quantizers
@@ -40,6 +42,24 @@ class Odd(nn.Module):
         x = F.relu(self.norm(self.conv1(x)))
         x = F.relu(F.conv2d(x, self.weight2, padding=1))
         return F.relu(self.conv3(x)).mean((2, 3)) @ self.head
+
+
+def _computed(norm, kind):
+    class Computed(networks.SmallResNet):
+        """Its second convolution and its classifier have weights that are computed anew in every call."""
+
+        def __init__(self, num_classes=4):
+            super().__init__(num_classes)
+            norm(self.block1.conv1)
+            norm(self.fc)
+
+    Computed.__name__ = Computed.__qualname__ = kind
+    return Computed
+
+
+WeightNorm = _computed(torch.nn.utils.parametrizations.weight_norm, "WeightNorm")
+SpectralNorm = _computed(torch.nn.utils.parametrizations.spectral_norm, "SpectralNorm")
+OlderSpectralNorm = _computed(torch.nn.utils.spectral_norm, "OlderSpectralNorm")
 
 
 class Branching(networks.SmallResNet):
@@ -137,6 +157,20 @@ def test_what_torch_fx_would_leave_in_float_is_quantized_by_way_of_the_export(tm
     assert found.coverage.batchnorms == 0
     assert found.plan.traced
     assert any(note.startswith("The network is quantized by way of its ONNX export: ") for note in found.warnings)
+
+
+@pytest.mark.parametrize("factory", ["WeightNorm", "SpectralNorm", "OlderSpectralNorm"])
+def test_computed_weights_become_plain_and_changed_ones_are_a_checkpoint_too(tmp_path, factory):
+    found = prepared(tmp_path, factory)
+    assert (found.source, found.coverage.int8_layers) == ("torch", 7)
+    kind = NetworkKind(f"test_prepare_networks:{factory}", 4, SHAPE)
+    network = network_from_weights(found.files["weights"], kind)
+    images = torch.rand(2, *SHAPE)
+    again, _ = network_as_built(
+        unfolded_state(network.original, network.folded, network.folded.module), kind, source=""
+    )
+    torch.testing.assert_close(again(images), network.original(images), rtol=1e-4, atol=1e-5)
+    assert not [name for name in again.state_dict() if "parametrizations" in name or name.endswith("_orig")]
 
 
 def test_layers_left_out_by_choice_are_named_and_not_held_against_the_network(tmp_path):
