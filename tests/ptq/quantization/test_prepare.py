@@ -212,7 +212,15 @@ def template_of(found, name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [F.hardtanh_, torch.relu_, lambda x: x.relu_(), lambda x: F.relu(x, True), lambda x: x.div_(2.0)]
+    "change",
+    [
+        F.hardtanh_,
+        torch.relu_,
+        lambda x: x.relu_(),
+        lambda x: F.relu(x, True),
+        lambda x: x.div_(2.0),
+        lambda x: x.sigmoid_(),
+    ],
 )
 def test_what_is_changed_in_place_and_read_again_is_changed_behind_the_quantizers_too(tmp_path, monkeypatch, change):
     monkeypatch.setattr(InPlace, "change", staticmethod(change))
