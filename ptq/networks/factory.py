@@ -125,8 +125,13 @@ def _replace_stem_(model: nn.Module, channels: int) -> None:
 def factory_digest(name: str) -> str:
     """Returns the SHA-256 of the sources of a `package.module:factory`; empty for torchvision's networks.
 
-    All Python files of the factory's top-level package count, or the one file of a top-level module.
+    All Python files of the factory's top-level package count, or the one file of a top-level module. For a network of
+    timm it is timm's version.
     """
+    if name.startswith(_TIMM):
+        with extra("timm", needed_by=f"model.name {name!r}"):
+            import timm
+        return f"timm {timm.__version__}"
     if ":" not in name:
         return ""
     specification = importlib.util.find_spec(name.split(":")[0].split(".")[0])

@@ -203,6 +203,7 @@ NO_NUMBERS = {
     "matplotlib": "draws pictures", "polars": "reads and writes tables", "psutil": "tells the load of the machine",
     "pydantic": "reads settings", "pydantic_core": "reads settings", "safetensors": "reads and writes weights",
     "sklearn": "holds the images of the demo, which are files to a run",
+    "timm": "its version is the digest of its networks, an input",
     "tensorrt": "its version is part of the engine's identity, an input", "yaml": "reads settings",
 }  # fmt: skip
 

@@ -1,6 +1,8 @@
 import argparse
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -239,6 +241,27 @@ def test_a_model_that_changes_a_part_of_a_tensor_in_place_is_left_as_it_is():
     assert not folded.traced
     assert "computes something else" in folded.warning
     torch.testing.assert_close(folded.module(IMAGES), model(IMAGES))
+
+
+def test_a_network_of_timm_is_asked_for_by_name_and_its_absence_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    for ask in (lambda name: create_model(name, num_classes=2, channels=3), factory_digest):
+        with pytest.raises(UsageError, match=r"model\.name 'timm/resnet18' needs the module timm.*'\.\[timm\]'"):
+            ask("timm/resnet18")
+
+
+def test_timm_is_given_classes_and_channels_and_its_version_is_the_digest(monkeypatch):
+    asked = {}
+    timm = SimpleNamespace(
+        __version__="1.2.3", is_model=lambda name: name == "resnet18", list_models=lambda *pattern: ["resnet18d"],
+        create_model=lambda name, **options: asked.update(options, name=name) or small_resnet(),
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    assert isinstance(create_model("timm/resnet18", num_classes=7, channels=1), SmallResNet)
+    assert asked == {"name": "resnet18", "pretrained": False, "num_classes": 7, "in_chans": 1}
+    assert factory_digest("timm/resnet18") == "timm 1.2.3"
+    with pytest.raises(UsageError, match=r"'timm/resnet17'; timm 1\.2\.3 has no such network.*resnet18d"):
+        create_model("timm/resnet17", num_classes=7, channels=3)
 
 
 def test_the_sources_of_a_factory_have_a_digest_that_changes_with_them(tmp_path, monkeypatch):
