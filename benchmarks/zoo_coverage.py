@@ -1,6 +1,6 @@
 """How much of any network is in INT8, and does what stays in float say why?
 
-One network of each family of timm, and torchvision's classifiers, with random weights and BatchNorm statistics: each is
+The networks of `zoo_families.json`, one of a family of timm, with random weights and BatchNorm statistics: each is
 prepared as a run does it, its Q/DQ graph is held against the network without its quantizers, and checked. Every network
 has a process of its own and a limit of time. timm is not installed with the project: `pip install '.[timm]'`.
 """
