@@ -9,7 +9,7 @@ PROCESSES ?= 2
 # Dozens of processes import the same libraries: each module is compiled once, not by every one of them.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-slow lint serve stop dask clean
+.PHONY: demo test tests test-slow lint serve stop dask clean
 
 # The stamp is written last, so an interrupted installation is repeated. A pip of 2023 takes four times as long, and most
 # modules that it would compile are never imported; those that are, the first import compiles.
@@ -27,8 +27,12 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# What lint finds stands between the tests' lines, and fails the whole in the end.
+test: .venv/installed
+	$(MAKE) --jobs=2 lint tests
+
 # Two processes, each with a Prefect server and S3 servers of its own; `make test PROCESSES=4` on a larger machine.
-test: lint
+tests: .venv/installed
 	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder -p tests.support.libraries \
 		--cov --cov-report=
 	$(BIN)/python -m tests.support.coverage_by_room

@@ -24,9 +24,9 @@ from tasks.stages.amax import compute_amax
 from tasks.stages.calibration import collect_shard, collect_statistics, correct_biases, merge_statistics
 from tasks.stages.data import draw_calibration_images, index_images, prepare_split
 from tasks.stages.engine import list_precisions, resolve_engine
-from tasks.stages.evaluation import evaluate, evaluate_baseline, select_candidate
+from tasks.stages.evaluation import check_fp32_accuracy, evaluate, evaluate_baseline, select_candidate
 from tasks.stages.fallback import is_worth_trying
-from tasks.stages.model import check_coverage, prepare_model
+from tasks.stages.model import check_coverage, prepare_model, take_own_preprocessing
 from tasks.stages.publication import check_destinations, publish, write_report
 
 
@@ -41,6 +41,7 @@ def quantize_model(config: PtqConfig) -> RunResult:
     7. select   8. judge: validate the graphs, build engines, benchmark, gate   9. if accuracy alone was rejected, try
     what is configured and judge it   10. compare with the version in service   11. publish   12. report
     """
+    config = take_own_preprocessing(config)
     get_run_logger().info("Config %s: %s", digest(config)[:12], config.model_dump_json())
     check_destinations(config)
     with model_lock(config.model.published_name, config.output.store) as waited_s:
@@ -62,6 +63,7 @@ def _quantize_model(config: PtqConfig) -> RunResult:
     template = exported(model, config.quantization.weight_method, run)
     tables = _amax_tables(statistics, model, template, run)
     baseline = evaluate_baseline(model.fp32_onnx, images, run=run)
+    check_fp32_accuracy(baseline, model, run)
     judged = Judged(run, data, loaded, statistics.draws, images, baseline)
     candidates = _evaluations(judged, model, template, tables)
     selection = select_candidate(candidates, tables, baseline, run=run)

@@ -150,14 +150,14 @@ class ModelConfig(_Section):
     name: str = Field(
         "",
         description=(
-            "A torchvision classifier such as resnet50, or package.module:factory; left empty for an ONNX file, which "
-            "is called by its stem."
+            "A torchvision classifier such as resnet50, timm/NAME, hf/FOLDER or package.module:factory; left empty for "
+            "an ONNX file, which is called by its stem."
         ),
     )
     checkpoint: str = Field(
         description=(
             "File with the FP32 weights: .pth, .pt or .safetensors; or an FP32 classifier as .onnx; local, or in S3 as "
-            "s3://bucket/key."
+            "s3://bucket/key. Left out for hf/FOLDER, which has them."
         )
     )
     publish_as: str = Field(
@@ -171,6 +171,8 @@ class ModelConfig(_Section):
     def _name_of_file(cls, content: Any) -> Any:
         if isinstance(content, Mapping) and is_onnx_file(content.get("checkpoint")) and not content.get("name"):
             return {**content, "name": Path(content["checkpoint"]).stem}
+        if isinstance(content, Mapping) and str(content.get("name", "")).startswith("hf/"):
+            return {"checkpoint": content["name"].removeprefix("hf/"), **content}
         return content
 
     @model_validator(mode="after")

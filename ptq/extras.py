@@ -10,7 +10,7 @@ from typing import Literal
 
 from ptq.errors import UsageError
 
-Extra = Literal["dask", "server", "demo", "tensorrt", "timm"]
+Extra = Literal["dask", "server", "demo", "tensorrt", "timm", "hf"]
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from unittest.mock import patch
 # Before torch is imported: where two test processes share the cores, threads that wait must not spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import certifi
 import hypothesis
 import numpy as np
 import pytest
@@ -29,6 +30,13 @@ hypothesis.settings.load_profile("no deadline")
 # Runs of the tests wait for each other, not for those of whoever uses this machine.
 _LOCKS = tempfile.TemporaryDirectory(prefix="ptq-test-locks-")
 os.environ["PTQ_LOCK_DIR"] = _LOCKS.name
+# Every client of Prefect's API reads its certificates anew, which takes longer than a call. Nothing here is encrypted:
+# the first of them is enough.
+_CERTIFICATE = os.path.join(_LOCKS.name, "one-certificate.pem")
+with open(certifi.where(), encoding="utf-8") as _all, open(_CERTIFICATE, "w", encoding="utf-8") as _first:
+    _end = "-----END CERTIFICATE-----\n"
+    _first.write(_all.read().partition(_end)[0] + _end)
+os.environ.setdefault("PREFECT_API_SSL_CERT_FILE", _CERTIFICATE)
 # Loops of the server that no test waits for; each of them wakes every few seconds.
 for _service in ("LATE_RUNS", "FOREMAN", "PAUSE_EXPIRATIONS", "CLEANUP_RECONCILER"):
     os.environ.setdefault(f"PREFECT_SERVER_SERVICES_{_service}_ENABLED", "false")
@@ -38,16 +46,13 @@ os.environ.setdefault("PREFECT_SERVER_SERVICES_EVENT_PERSISTER_FLUSH_INTERVAL", 
 
 # What they run beside Prefect is run by the tests of the rooms as well.
 _UNTRACED = {"test_invalidation", "test_layers", "test_onnx_view", "test_run_fuzz", "test_deterministic_graphs"}
-# Tests that both kinds of servers must pass in every run; the others see the second one in `make test-slow`.
-_ON_BOTH_SERVERS = {"test_s3_bucket"}
 
 
 def pytest_itemcollected(item):
     """Coverage is that of the other tests: to trace Prefect through whole flows takes a third of their time more."""
     if item.path.parent.name in ("flows", "deployments") or item.path.stem in _UNTRACED:
         item.add_marker("no_cover")
-    is_on_second = hasattr(item, "callspec") and "rclone" in item.callspec.params.values()
-    if is_on_second and item.path.stem not in _ON_BOTH_SERVERS:
+    if hasattr(item, "callspec") and "rclone" in item.callspec.params.values():  # the second kind of server
         item.add_marker("slow")
 
 

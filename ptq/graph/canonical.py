@@ -46,6 +46,7 @@ def canonical_graph(source: OnnxSource, *, origin: str) -> gs.Graph:
             f"{origin} branches or loops while it runs: it has {flow[0].op} {flow[0].name}. Expected a plain graph; "
             "export the model in evaluation mode with an example image."
         )
+    _join_transposes_(graph)
     _remove_nothings_(graph)
     _fold_batchnorms_(graph)
     for node in graph.nodes:
@@ -84,6 +85,20 @@ def save_graph(graph: gs.Graph, path: Path, metadata: dict[str, str] | None = No
         entry = model.metadata_props.add()
         entry.key, entry.value = f"ptq.{key}", text
     path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _join_transposes_(graph: gs.Graph) -> None:
+    """Makes one of two transpositions in a row, and none where the second takes the first back."""
+    for node in graph.nodes:
+        before = node.inputs[0].inputs[0] if node.op == "Transpose" and node.inputs[0].inputs else None
+        if before is None or before.op != "Transpose" or "perm" not in before.attrs or "perm" not in node.attrs:
+            continue
+        order = [before.attrs["perm"][axis] for axis in node.attrs["perm"]]
+        node.inputs = [before.inputs[0]]
+        node.attrs = {"perm": order}
+        if order == sorted(order):
+            node.op, node.attrs = "Identity", {}
+    graph.cleanup().toposort()
 
 
 def _remove_nothings_(graph: gs.Graph) -> None:

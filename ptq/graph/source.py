@@ -1,7 +1,7 @@
 """What is in somebody else's ONNX file, and can it be quantized?
 
 Reads the file with its external data and refuses what is no FP32 classifier of images, each refusal with its reason.
-The graph is brought into one form in `onnx_canonical`; where quantizers go is decided in `onnx_placement`.
+The graph is brought into one form in `canonical`; where quantizers go is decided in the room `quantization`.
 """
 
 import hashlib
@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
+import onnx.inliner
 from google.protobuf.message import DecodeError
 from onnx import TensorProto
 from onnx.external_data_helper import load_external_data_for_model, uses_external_data
 
 from ptq.errors import CheckpointError
 from ptq.files import file_sha256
-from ptq.wording import first_line
+from ptq.wording import first_line, first_names
 
 # Per-channel Q/DQ exists from opset 13 on; older files are brought to the newest opset that TensorRT 8.6 reads.
 OLDEST_OPSET, OPSET = 13, 17
@@ -32,40 +33,99 @@ _OTHER_FLOATS = {
 
 @dataclass(frozen=True, slots=True)
 class OnnxSource:
-    """A classifier as its file has it, weights included. `batch_size` is None where the batch is dynamic."""
+    """A classifier of images (n, c, h, w) in float32, weights included.
+
+    `batch_size` is None where the batch is dynamic; `notes` says what of the file was left out or changed.
+    """
 
     model: onnx.ModelProto
     input_name: str
     output_name: str
     batch_size: int | None
+    notes: tuple[str, ...] = ()
 
 
-def read_source(path: Path, *, input_shape: tuple[int, int, int]) -> OnnxSource:
+def read_source(path: Path, *, input_shape: tuple[int, int, int], class_count: int | None = None) -> OnnxSource:
     """Returns the FP32 classifier in an ONNX file, in opset 13 or newer, its batch dimension as it was.
+
+    Images with channels last, or in whole numbers of 8 bits, are taken as channels first in float32.
 
     Args:
         path: the ONNX file, with its external data beside it if it has any.
         input_shape: (c, h, w) of the images; free dimensions of the file's input are set to it.
+        class_count: classes of the data, by which the logits are found among several outputs.
 
     Raises:
         CheckpointError: the file is absent, damaged, or is no FP32 classifier of such images.
     """
-    model = _parsed(path)
+    model = _inlined(path, _parsed(path))
     _load_data_(path, model)
     _check_operators(path, model)
+    for entry in [each for each in model.opset_import if each.domain not in _STANDARD_DOMAINS]:
+        model.opset_import.remove(entry)  # of operators that the file does not have, or no longer has
     initializers = {tensor.name for tensor in model.graph.initializer}
     _check_types(path, model)
     inputs = [value for value in model.graph.input if value.name not in initializers]
-    if len(inputs) != 1 or len(model.graph.output) != 1:
+    output = _logits_of(model, class_count)
+    if len(inputs) != 1 or output is None:
         names = ", ".join(value.name for value in (*inputs, *model.graph.output))
         raise CheckpointError(
             f"{path} has {len(inputs)} inputs and {len(model.graph.output)} outputs ({names}); expected one of each, "
             "images and their logits. Export the classifier alone."
         )
-    batch_size = _fit_input_(path, inputs[0], input_shape)
+    notes = []
+    others = [value.name for value in model.graph.output if value.name != output.name]
+    if others:
+        notes.append(f"Of the outputs {output.name} is taken as the logits, and {first_names(others)} is left out.")
+        del model.graph.output[:]
+        model.graph.output.append(output)
+    batch_size, changes = _fit_input_(path, model, inputs[0], input_shape)
     del model.graph.input[:]
     model.graph.input.append(inputs[0])
-    return OnnxSource(_upgraded(path, model), inputs[0].name, model.graph.output[0].name, batch_size)
+    return OnnxSource(_upgraded(path, model), inputs[0].name, output.name, batch_size, (*notes, *changes))
+
+
+def reads_pixels(path: Path) -> bool:
+    """Whether an ONNX file takes images in whole numbers of 8 bits, 0 to 255, and so normalises them itself.
+
+    Raises:
+        CheckpointError: the file is absent or damaged.
+    """
+    graph = _parsed(path).graph
+    initializers = {tensor.name for tensor in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in initializers]
+    return len(inputs) == 1 and inputs[0].type.tensor_type.elem_type == TensorProto.UINT8
+
+
+def _inlined(path: Path, model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model without functions of its own."""
+    if not model.functions:
+        return model
+    try:
+        return onnx.inliner.inline_local_functions(model)
+    except (RuntimeError, ValueError) as error:
+        raise _no_model(path, f"its functions contradict themselves ({first_line(error)})") from error
+
+
+def _logits_of(model: onnx.ModelProto, class_count: int | None) -> onnx.ValueInfoProto | None:
+    """The output with the logits: the only one, the one called so, or the only one in float with a number per class."""
+    outputs = list(model.graph.output)
+    if len(outputs) == 1:
+        return outputs[0]
+    named = [value for value in outputs if "logits" in value.name.lower()]
+    fitting = [value for value in outputs if _is_row_of(value, class_count)]
+    for found in (named, fitting):
+        if len(found) == 1:
+            return found[0]
+    return None
+
+
+def _is_row_of(value: onnx.ValueInfoProto, class_count: int | None) -> bool:
+    """Whether an output is a row of so many numbers per image; of any number where that is None."""
+    kind = value.type.tensor_type
+    sizes = [dimension.dim_value for dimension in kind.shape.dim][1:]
+    is_row = bool(sizes) and not any(size > 1 for size in sizes[1:])
+    return kind.elem_type == TensorProto.FLOAT and is_row and class_count in (None, sizes[0])
 
 
 def source_digest(path: Path) -> str:
@@ -166,33 +226,84 @@ def _check_types(path: Path, model: onnx.ModelProto) -> None:
             )
 
 
-def _fit_input_(path: Path, value: onnx.ValueInfoProto, input_shape: tuple[int, int, int]) -> int | None:
-    """Checks the image input, sets its free dimensions and returns its batch size, None for a dynamic one."""
+def _fit_input_(
+    path: Path, model: onnx.ModelProto, value: onnx.ValueInfoProto, input_shape: tuple[int, int, int]
+) -> tuple[int | None, list[str]]:
+    """Makes the image input (n, c, h, w) in float32, with its free dimensions set.
+
+    Returns:
+        its batch size, None for a dynamic one, and what was changed.
+    """
     kind = value.type.tensor_type
     dimensions = [d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else None for d in kind.shape.dim]
+    notes = []
+    if kind.elem_type == TensorProto.UINT8 and len(dimensions) == 4 and _read_as_float_(model.graph, value):
+        notes.append(
+            f"The file takes pixels from 0 to 255 as {value.name} and normalises them itself: mean 0 and std 1/255 "
+            "give it these. The INT8 model takes the same numbers in float."
+        )
     if kind.elem_type != TensorProto.FLOAT or len(dimensions) != 4:
         name = TensorProto.DataType.Name(kind.elem_type).lower()
         raise CheckpointError(
             f"Input {value.name} of {path} is {name} with {len(dimensions)} dimensions; expected float with four, "
             "(n, c, h, w). Export the classifier without its preprocessing."
         )
-    if any(found not in (None, wanted) for found, wanted in zip(dimensions[1:], input_shape, strict=True)):
-        hint = " It looks like (n, h, w, c); export it with channels first." if dimensions[3] in (1, 3) else ""
+    channels, *sides = input_shape
+    if not _fits(dimensions[1:], input_shape) and _fits(dimensions[1:], (*sides, channels)):
+        _put_channels_first_(model.graph, value)
+        notes.append(f"The file takes {value.name} with channels last; the INT8 model takes (n, c, h, w).")
+    elif not _fits(dimensions[1:], input_shape):
         raise CheckpointError(
-            f"{path} reads images of shape {tuple(dimensions[1:])}, and the preprocessing gives {input_shape}.{hint} "
-            "Set channels, resize and crop to match."
+            f"{path} reads images of shape {tuple(dimensions[1:])}, {_what_to_do(dimensions, input_shape)}"
         )
     for dimension, size in zip(kind.shape.dim[1:], input_shape, strict=True):
         dimension.dim_value = size
-    return dimensions[0]
+    return dimensions[0], notes
+
+
+def _fits(found: list[int | None], wanted: tuple[int, ...]) -> bool:
+    return all(size in (None, expected) for size, expected in zip(found, wanted, strict=True))
+
+
+def _what_to_do(dimensions: list[int | None], input_shape: tuple[int, int, int]) -> str:
+    """The rest of a sentence on images of another shape than the preprocessing gives."""
+    given = f"and the preprocessing gives {input_shape}."
+    last = dimensions[3] in (1, 3) and dimensions[1] not in (1, 3)
+    height, width = dimensions[1:3] if last else dimensions[2:]
+    if height != width and None not in (height, width):
+        return f"{given} Images here are square; export the classifier for a square, or give squares to its network."
+    return f"{given} Set channels, resize and crop to match."
+
+
+def _read_as_float_(graph: onnx.GraphProto, value: onnx.ValueInfoProto) -> bool:
+    """Gives what casts the 8-bit input to float the same numbers in float; False where something else reads it."""
+    readers = [node for node in _nodes(graph) if value.name in node.input]
+    casts = [node for node in readers if node.op_type == "Cast" and node.attribute[0].i == TensorProto.FLOAT]
+    if not readers or len(casts) != len(readers):
+        return False
+    for node in casts:
+        node.op_type = "Identity"
+        del node.attribute[:]
+    value.type.tensor_type.elem_type = TensorProto.FLOAT
+    return True
+
+
+def _put_channels_first_(graph: onnx.GraphProto, value: onnx.ValueInfoProto) -> None:
+    """Puts a Transpose behind an input (n, h, w, c), which becomes (n, c, h, w)."""
+    last = f"{value.name}#channels_last"
+    for node in _nodes(graph):
+        for position, name in enumerate(node.input):
+            if name == value.name:
+                node.input[position] = last
+    graph.node.insert(
+        0, onnx.helper.make_node("Transpose", [value.name], [last], f"{value.name}.channels_last", perm=[0, 2, 3, 1])
+    )
 
 
 def _upgraded(path: Path, model: onnx.ModelProto) -> onnx.ModelProto:
     """The model in an opset that has per-channel Q/DQ."""
     opset = max((entry.version for entry in model.opset_import if entry.domain in _STANDARD_DOMAINS), default=0)
     try:
-        if model.functions:
-            model = onnx.inliner.inline_local_functions(model)
         # Older exporters listed weights as inputs too, which the format no longer asks for.
         model.ir_version = max(model.ir_version, 4)
         onnx.checker.check_model(model)

@@ -1,6 +1,8 @@
 """Which weights does a checkpoint hold, and do they fit the network?"""
 
 import argparse
+import hashlib
+import json
 import pathlib
 import re
 from collections.abc import Mapping
@@ -30,6 +32,8 @@ _STATE_KEYS = (
     "module",
 )
 _AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
+# What transformers looks for in a folder, in its order.
+_IN_FOLDERS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 # What wrappers put before every name.
 _WRAPPERS = ("module.", "_orig_mod.")
 # What profilers leave in a network, and BatchNorm counts for its training.
@@ -63,18 +67,19 @@ class Weights:
 def read_weights(path: Path) -> Weights:
     """Returns the weights in a checkpoint, in float32 where they are floating.
 
-    Accepts `.safetensors`, and what `torch.save` wrote: a plain state dict, or a dict that has one under one of the
-    names that trainers use. The prefixes `module.` of DataParallel and `_orig_mod.` of torch.compile are removed.
+    Accepts `.safetensors`, in one file or, by the index beside them, in several; what `torch.save` wrote: a plain state
+    dict, or a dict that has one under one of the names that trainers use; and a folder of transformers. The prefixes
+    `module.` of DataParallel and `_orig_mod.` of torch.compile are removed.
     Nothing is unpickled but tensors, options and numbers (`weights_only=True`).
 
     Raises:
         CheckpointError: the file is absent, is no checkpoint, or holds something else than tensors.
     """
-    if not path.is_file():
-        raise CheckpointError(f"Checkpoint {path} does not exist. Give the path of a .pth, .pt or .safetensors file.")
+    path, *shards = _files_of(path)
     try:
-        if path.suffix == ".safetensors":
-            content: object = safetensors.torch.load_file(path)
+        if path.suffix in (".safetensors", ".json"):
+            parts = [safetensors.torch.load_file(each) for each in shards or [path]]
+            content: object = {key: value for part in parts for key, value in part.items()}
         else:
             with torch.serialization.safe_globals(_PLAIN):
                 content = torch.load(path, map_location="cpu", weights_only=True)
@@ -111,6 +116,36 @@ def read_weights(path: Path) -> Weights:
     return Weights(
         {key: value.float() if value.is_floating_point() else value for key, value in state.items()}, tuple(notes)
     )
+
+
+def _files_of(path: Path) -> list[Path]:
+    """The file of a checkpoint: of a folder the one that transformers reads, and behind an index what it names."""
+    if path.is_dir():
+        path = next((path / name for name in _IN_FOLDERS if (path / name).is_file()), path / _IN_FOLDERS[0])
+    if not path.is_file():
+        raise CheckpointError(
+            f"Checkpoint {path} does not exist. Give the path of a .pth, .pt or .safetensors file, of a "
+            ".safetensors.index.json, or of a folder of transformers."
+        )
+    if path.suffix != ".json":
+        return [path]
+    try:
+        names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        if not names or any(Path(name).name != name or Path(name).suffix != ".safetensors" for name in names):
+            raise ValueError(f"it names {first_names(names)}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"Checkpoint {path} is no index of safetensors files: {type(error).__name__} {error}. Expected a "
+            "weight_map of tensors to .safetensors files beside it."
+        ) from error
+    shards = [path.with_name(name) for name in names]
+    absent = [shard.name for shard in shards if not shard.is_file()]
+    if absent:
+        raise CheckpointError(
+            f"Checkpoint {path} names {len(shards)} files, of which {len(absent)} are absent ({first_names(absent)}). "
+            "Put them beside it."
+        )
+    return [path, *shards]
 
 
 def _unwrapped(name: str) -> str:
@@ -216,16 +251,13 @@ def load_weights_(model: nn.Module, state: Mapping[str, torch.Tensor], *, name: 
 
 
 def checkpoint_digest(checkpoint: Path) -> str:
-    """Returns the SHA-256 of a checkpoint.
+    """Returns the SHA-256 of a checkpoint; of several files, that of their digests.
 
     Raises:
         CheckpointError: there is no such file.
     """
-    if not checkpoint.is_file():
-        raise CheckpointError(
-            f"Checkpoint {checkpoint} does not exist. Give the path of a .pth, .pt or .safetensors file."
-        )
-    return file_sha256(checkpoint)
+    digests = [file_sha256(path) for path in _files_of(checkpoint)]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def model_sources(name: str, checkpoint: Path) -> list[str]:

@@ -1,8 +1,7 @@
-"""Which network does a checkpoint hold, and what does it look like once BatchNorm is folded?
+"""Which network is meant by a name?
 
-Builds torchvision classifiers and a user's own `package.module:factory`, reads weights without unpickling
-code, and traces the network into a flat `torch.fx` graph without in-place operations, BatchNorm or dropout.
-Quantizers are placed elsewhere. The only importer of torchvision.
+Builds the classifiers of torchvision, timm and transformers, and a user's own `package.module:factory`. Weights are
+read and quantizers placed elsewhere. The only importer of torchvision.
 """
 
 import hashlib
@@ -15,6 +14,7 @@ from torch import nn
 from ptq.errors import UsageError
 from ptq.extras import extra
 from ptq.files import file_sha256
+from ptq.wording import first_line
 
 try:
     # A build of torch without CUDA beside the index's torchvision fails at import: the operators it registers
@@ -27,7 +27,7 @@ finally:
     import torchvision
 
 
-_TIMM = "timm/"
+TIMM, TRANSFORMERS = "timm/", "hf/"
 
 
 def create_model(name: str, *, num_classes: int, channels: int, seed: int = 0) -> nn.Module:
@@ -36,8 +36,8 @@ def create_model(name: str, *, num_classes: int, channels: int, seed: int = 0) -
     With 1 channel the first convolution is replaced by a 1-channel one of the same shape.
 
     Args:
-        name: a torchvision classifier, `timm/NAME`, or `package.module:factory`; a factory is called with
-            `num_classes` if it takes that argument.
+        name: a torchvision classifier, `timm/NAME`, `hf/FOLDER` with the config.json of transformers, or
+            `package.module:factory`; a factory is called with `num_classes` if it takes that argument.
         num_classes: outputs of the last layer, at least 1.
         channels: channels of the input, 1 or 3.
         seed: decides the random weights; torch's own generator is left as it was.
@@ -51,8 +51,10 @@ def create_model(name: str, *, num_classes: int, channels: int, seed: int = 0) -
 
 
 def _built(name: str, num_classes: int, channels: int) -> nn.Module:
-    if name.startswith(_TIMM):
+    if name.startswith(TIMM):
         return _from_timm(name, num_classes, channels).eval()
+    if name.startswith(TRANSFORMERS):
+        return _from_transformers(name, num_classes).eval()
     if ":" in name:
         model = _from_factory(name, num_classes)
     else:
@@ -61,7 +63,7 @@ def _built(name: str, num_classes: int, channels: int) -> nn.Module:
             close = [other for other in known if other[:6] == name[:6]] or known
             raise UsageError(
                 f"model.name is {name!r}; torchvision has no such classifier. Close to it: {', '.join(close[:12])}. "
-                "Give one of torchvision's names, timm/NAME or package.module:factory."
+                "Give one of torchvision's names, timm/NAME, hf/FOLDER or package.module:factory."
             )
         keywords = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
         model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **keywords)
@@ -74,7 +76,7 @@ def _from_timm(name: str, num_classes: int, channels: int) -> nn.Module:
     """A network of timm, which fits its own stem to the channels."""
     with extra("timm", needed_by=f"model.name {name!r}"):
         import timm
-    wanted = name.removeprefix(_TIMM)
+    wanted = name.removeprefix(TIMM)
     if not timm.is_model(wanted):
         close = timm.list_models(f"{wanted[:6]}*") or timm.list_models()
         raise UsageError(
@@ -83,6 +85,28 @@ def _from_timm(name: str, num_classes: int, channels: int) -> nn.Module:
         )
     model: nn.Module = timm.create_model(wanted, pretrained=False, num_classes=num_classes, in_chans=channels)
     return model
+
+
+def _from_transformers(name: str, num_classes: int) -> nn.Module:
+    """A classifier of transformers, built from a local config.json; nothing is fetched, and no code beside it runs."""
+    with extra("hf", needed_by=f"model.name {name!r}"):
+        import transformers
+    folder = Path(name.removeprefix(TRANSFORMERS))
+    if not (folder / "config.json").is_file():
+        raise UsageError(
+            f"model.name is {name!r}, and {folder} holds no config.json. Expected a local folder that "
+            "save_pretrained() of transformers wrote, or one downloaded from a hub."
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config.num_labels = num_classes
+        model: nn.Module = transformers.AutoModelForImageClassification.from_config(config, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise UsageError(
+            f"model.name is {name!r}, of which transformers {transformers.__version__} makes no image classifier: "
+            f"{first_line(error)}. Expected the config.json of one."
+        ) from error
+    return model.float()
 
 
 def _from_factory(name: str, num_classes: int) -> nn.Module:
@@ -126,12 +150,17 @@ def factory_digest(name: str) -> str:
     """Returns the SHA-256 of the sources of a `package.module:factory`; empty for torchvision's networks.
 
     All Python files of the factory's top-level package count, or the one file of a top-level module. For a network of
-    timm it is timm's version.
+    timm it is timm's version, of one of transformers the version and the config.
     """
-    if name.startswith(_TIMM):
+    if name.startswith(TIMM):
         with extra("timm", needed_by=f"model.name {name!r}"):
             import timm
         return f"timm {timm.__version__}"
+    if name.startswith(TRANSFORMERS):
+        with extra("hf", needed_by=f"model.name {name!r}"):
+            import transformers
+        config = Path(name.removeprefix(TRANSFORMERS)) / "config.json"
+        return f"transformers {transformers.__version__} {file_sha256(config) if config.is_file() else ''}"
     if ":" not in name:
         return ""
     specification = importlib.util.find_spec(name.split(":")[0].split(".")[0])

@@ -19,6 +19,7 @@ from ptq.networks.factory import create_model
 from ptq.networks.folding import FoldedModel, fold_model
 from ptq.networks.outputs import take_logits_
 from ptq.networks.parametrizations import make_plain_
+from ptq.networks.reparameterization import reparameterized
 
 # A run works on its network as it came and on the equalized one.
 _MOST_KEPT = 2
@@ -56,11 +57,26 @@ def network_as_built(state: Mapping[str, torch.Tensor], kind: NetworkKind, *, so
         UsageError: there is no such network.
     """
     network = create_model(kind.name, num_classes=kind.num_classes, channels=kind.input_shape[0])
-    if not {key for key in network.state_dict() if not key.endswith("num_batches_tracked")} <= state.keys():
-        make_plain_(network)  # weights that were computed once, as equalization leaves them
+    if not _fits(network, state):  # as equalization leaves them, or someone who saved the network's final form
+        fresh = create_model(kind.name, num_classes=kind.num_classes, channels=kind.input_shape[0])
+        final, note = _in_final_form(fresh, kind)
+        if _fits(final, state):
+            load_weights_(final, state, name=kind.name, source=source)
+            return final, note
     load_weights_(network, state, name=kind.name, source=source)
+    return _in_final_form(network, kind)
+
+
+def _fits(network: nn.Module, state: Mapping[str, torch.Tensor]) -> bool:
+    return {key for key in network.state_dict() if not key.endswith("num_batches_tracked")} <= state.keys()
+
+
+def _in_final_form(network: nn.Module, kind: NetworkKind) -> tuple[nn.Module, str]:
+    """The network with plain weights, logits alone, and no branches that only training needs; and notes on these."""
     make_plain_(network)
-    return network, take_logits_(network, input_shape=kind.input_shape, num_classes=kind.num_classes)
+    taken = take_logits_(network, input_shape=kind.input_shape, num_classes=kind.num_classes)
+    network, left = reparameterized(network, input_shape=kind.input_shape)
+    return network, " ".join(note for note in (taken, left) if note)
 
 
 def network_from_state(state: Mapping[str, torch.Tensor], kind: NetworkKind, *, source: str) -> Network:

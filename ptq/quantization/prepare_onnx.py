@@ -62,7 +62,7 @@ def prepare_onnx_model(
         UsageError: there is no such layer.
     """
     engine = open_engine("onnxruntime", threads=1)
-    source = read_source(checkpoint, input_shape=input_shape)
+    source = read_source(checkpoint, input_shape=input_shape, class_count=class_count)
     graph = canonical_graph(source, origin=str(checkpoint))
     files = {
         "weights": directory / "model_canonical.onnx",
@@ -84,7 +84,7 @@ def prepare_onnx_model(
     )
     write_observed(files["weights"], files["observed_onnx"], plan=plan)
     files["plan"].write_text(json.dumps(to_jsonable(plan), indent=1))
-    notes = tuple(note for note in (*plan.warnings, output_note(files["fp32_onnx"])) if note)
+    notes = tuple(note for note in (*source.notes, *plan.warnings, output_note(files["fp32_onnx"])) if note)
     coverage = measure_coverage(files["fp32_onnx"], plan)
     return PreparedModel(digest, files, num_classes, plan, notes, coverage, source="onnx")
 

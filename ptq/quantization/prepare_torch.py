@@ -18,9 +18,8 @@ from torch import fx
 from ptq.config import QuantizationConfig, WeightMethod
 from ptq.dialect import observed_names
 from ptq.errors import CheckpointError, ExportError
-from ptq.files import file_sha256
 from ptq.graph.coverage import measure_coverage
-from ptq.networks.checkpoint import head_size, weights_for
+from ptq.networks.checkpoint import checkpoint_digest, head_size, weights_for
 from ptq.networks.export import HalfPrecision, export_onnx, export_qdq_template
 from ptq.networks.fake_quant import fake_quant_from_folded, weight_amax
 from ptq.networks.folding import check_runs
@@ -98,7 +97,7 @@ def prepare_torch_model(
         {key: value.contiguous().clone() for key, value in sorted(state.items())}, files["weights"]
     )
     keep_network(files["weights"], kind, network)
-    sha256 = file_sha256(checkpoint)
+    sha256 = checkpoint_digest(checkpoint)
     export_onnx(folded.module, files["fp32_onnx"], input_shape=input_shape, metadata={"checkpoint_sha256": sha256})
     require_same_export(network.original, files["fp32_onnx"], input_shape=input_shape)
     _write_observed(folded.module, plan, files["observed_onnx"], input_shape=input_shape)
@@ -143,7 +142,7 @@ def export_network(
     except ExportError:
         export_onnx(network, path, input_shape=input_shape, batch_size=1)
         require_same_export(network, path, input_shape=input_shape, batch_size=1)
-    return file_sha256(checkpoint), (*read.notes, *([note] if note else []))
+    return checkpoint_digest(checkpoint), (*read.notes, *([note] if note else []))
 
 
 def equalize_model(
@@ -252,5 +251,5 @@ def write_float_model(
     folded = network_from_state(state, kind, source=str(checkpoint)).folded
     check_runs(folded.module, input_shape=input_shape, num_classes=num_classes)
     model = HalfPrecision(folded.module) if precision == "fp16" else folded.module
-    metadata = {"checkpoint_sha256": file_sha256(checkpoint), "precision": precision}
+    metadata = {"checkpoint_sha256": checkpoint_digest(checkpoint), "precision": precision}
     export_onnx(model, path, input_shape=input_shape, batch_size=batch_size, metadata=metadata)

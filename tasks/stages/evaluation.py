@@ -10,10 +10,12 @@ from prefect.logging import get_run_logger
 
 from ptq.engines import open_engine
 from ptq.evaluation.evaluate import Evaluation, evaluate_graph, split_images_from_files
+from ptq.evaluation.fp32_accuracy import fp32_warning
 from ptq.evaluation.predictions import tables_from_parquet
 from ptq.evaluation.selection import compared_images, rank_candidates, select
 from ptq.files import arrays_from_npz
 from ptq.graph.candidate import write_candidate
+from ptq.networks.preprocessing import own_preprocessing
 from ptq.quantization.prepared import plan_from_file
 from ptq.records.base import ArtifactRef
 from ptq.records.calibration import AmaxRecord
@@ -36,6 +38,18 @@ def evaluate_baseline(
     """Evaluate FP32 on the engine."""
     found = _evaluate(run.store.get_path(fp32_onnx), "fp32", splits, None, run, what="FP32 images")
     return _record(run.store, found, candidate="fp32", amax=None)
+
+
+def check_fp32_accuracy(baseline: EvaluationRecord, model: ModelRecord, run: RunContext) -> None:
+    """Warns where FP32 is as good as guessing, or far below what is stated for these weights on ImageNet."""
+    own = own_preprocessing(run.config.model)
+    warning = fp32_warning(
+        baseline.on(run.config.data.test_split),
+        classes=model.num_classes,
+        stated_percent=own.top1_percent if own else None,
+    )
+    if warning:
+        get_run_logger().warning(warning)
 
 
 @stage(

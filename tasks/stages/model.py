@@ -9,11 +9,13 @@ from typing import Any
 from prefect.logging import get_run_logger
 
 from ptq.calibration.calibrate import RANGE_IMAGES, ranges_from_files
+from ptq.config import PtqConfig
 from ptq.data.remote_inputs import Inputs, checkpoint_file
 from ptq.graph.coverage import describe, require_coverage
 from ptq.graph.source import source_digest
 from ptq.networks.checkpoint import model_sources
 from ptq.networks.factory import factory_digest
+from ptq.networks.preprocessing import with_own_preprocessing
 from ptq.quantization import prepare
 from ptq.quantization.prepare_onnx import equalize_onnx_model
 from ptq.quantization.prepare_torch import equalize_model
@@ -83,6 +85,26 @@ def prepare_model(class_names: tuple[str, ...], has_named_classes: bool, *, run:
         source=prepared.source,
         **files,
     )
+
+
+def take_own_preprocessing(config: PtqConfig) -> PtqConfig:
+    """Returns the config with the network's own preprocessing wherever nobody set it, and says what images go through.
+
+    Raises:
+        UsageError: what states it cannot be read.
+    """
+    config, own = with_own_preprocessing(config)
+    used = config.data.preprocessing
+    get_run_logger().info(
+        "Images are resized to %d and cropped to %d (%s), then mean %s and std %s%s",
+        used.resize,
+        used.crop,
+        used.interpolation,
+        "/".join(f"{value:g}" for value in used.mean),
+        "/".join(f"{value:g}" for value in used.std),
+        f": what nobody set is that of {own.source}" if own else "",
+    )
+    return config
 
 
 def check_coverage(model: ModelRecord, run: RunContext) -> None:

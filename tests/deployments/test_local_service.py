@@ -73,6 +73,7 @@ def test_a_child_whose_parent_died_is_still_found_and_ended(sleeper, tmp_path):
     assert find_marked(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_the_processes_of_another_part_or_folder_are_left_alone(sleeper, tmp_path):
     assert end_marked(tmp_path, "server", patience_s=1) == 0
     assert end_marked(tmp_path / "other", patience_s=1) == 0

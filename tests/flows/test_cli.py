@@ -28,6 +28,7 @@ def test_quantize_prints_a_verdict_and_where_the_report_is(run, checkpoint, imag
     assert "Top-1 of every candidate" in out
 
 
+@pytest.mark.slow
 def test_json_is_the_verdict_and_nothing_else(run, checkpoint, image_folder, directory):
     code, out, _ = run(*quantize(checkpoint, image_folder, directory, "--json"))
     assert code == 0

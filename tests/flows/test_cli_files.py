@@ -44,6 +44,7 @@ def test_a_folder_without_a_verdict_is_no_run(run, tmp_path):
 
 
 @pytest.mark.skipif(not playable_isas(), reason="kernels of this processor cannot be limited")
+@pytest.mark.slow
 def test_a_file_is_evaluated_under_each_instruction_set(run, checkpoint, image_folder, tmp_path):
     model = ["--model", "networks:SmallResNet"]
     code, out, _ = run("export", "--checkpoint", checkpoint, *model, "--crop", 24, "--output", tmp_path)

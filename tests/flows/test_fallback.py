@@ -97,6 +97,7 @@ def test_without_fallback_a_rejected_model_stays_rejected_and_nothing_new_runs(
     assert "What was tried" not in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_most_sensitive_layer_left_in_float_makes_the_model_acceptable(checkpoints, image_folder, store, tmp_path):
     result, verdict, notes = run(checkpoints, image_folder, store, tmp_path, fallback={"float_layers": 3})
     assert result.accepted

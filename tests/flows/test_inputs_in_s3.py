@@ -140,6 +140,7 @@ def test_a_checkpoint_of_the_same_size_with_other_weights_is_noticed(bucket, wor
     assert not computed & {"index_images", "prepare_split"}
 
 
+@pytest.mark.slow
 def test_the_other_commands_read_checkpoints_from_the_bucket_too(bucket, tmp_path, image_folder):
     uri = f"s3://{BUCKET}/checkpoints/small.pth"
     local = str(tmp_path / "small.pth")

@@ -165,6 +165,7 @@ def options(images, directory):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_command_takes_the_file_alone(run, model, image_folder, tmp_path):
     code, out, err = run("quantize", model, *options(image_folder, tmp_path))
     assert code == 0, err

@@ -188,6 +188,7 @@ def test_the_token_is_asked_for_before_anything_else(monkeypatch, tmp_path):
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.slow
 def test_the_command_serves_until_it_is_told_to_stop(moto_server, tmp_path):
     environment = {
         **os.environ, **moto_server.environment(), "PREFECT_API_URL": PREFECT_API_URL.value(),
@@ -207,6 +208,7 @@ def test_the_command_serves_until_it_is_told_to_stop(moto_server, tmp_path):
     assert answer == (202, {"accepted": 0, "ignored": 1})
 
 
+@pytest.mark.slow
 def test_the_command_refuses_to_serve_without_a_token(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "PTQ_RECEIVER_TOKEN"}
     ended = subprocess.run(

@@ -149,6 +149,7 @@ def test_a_rejected_model_whose_block_is_unknown_is_noted_as_rejected_and_the_ru
     assert models.nights_of("small")[3].decision == "regress"
 
 
+@pytest.mark.slow
 def test_models_that_fail_are_named_and_noted_and_keep_no_other_from_being_done(trained, image_folder, tmp_path):
     models = Models(tmp_path, image_folder)
     models.add("broken", saved(trained)[:-2000])

@@ -175,6 +175,7 @@ def test_the_command_announces_what_is_there_and_says_how_much(command, incoming
     assert len(payloads(model)) == 1
 
 
+@pytest.mark.slow
 def test_the_command_watches_until_it_is_interrupted(incoming, model, tmp_path):
     environment = {**os.environ, "PREFECT_API_URL": PREFECT_API_URL.value()}
     arguments = [str(incoming), "--store", str(tmp_path / "store"), "--interval", "0.5", "--settle", "0.2"]
@@ -192,6 +193,7 @@ def test_the_command_watches_until_it_is_interrupted(incoming, model, tmp_path):
     assert code == 130
 
 
+@pytest.mark.slow
 def test_the_command_names_a_server_that_is_away_or_missing(command, incoming):
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
         code, _, err = command("watch", incoming, "--once")

@@ -203,7 +203,7 @@ NO_NUMBERS = {
     "matplotlib": "draws pictures", "polars": "reads and writes tables", "psutil": "tells the load of the machine",
     "pydantic": "reads settings", "pydantic_core": "reads settings", "safetensors": "reads and writes weights",
     "sklearn": "holds the images of the demo, which are files to a run",
-    "timm": "its version is the digest of its networks, an input",
+    "timm": "its version is the digest of its networks, an input", "transformers": "so is its version",
     "tensorrt": "its version is part of the engine's identity, an input", "yaml": "reads settings",
 }  # fmt: skip
 
@@ -304,7 +304,7 @@ def changed(config, field, value):
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        ("calibration.percentiles", [90.0], DOWN_FROM_AMAX),
+        slow("calibration.percentiles", [90.0], DOWN_FROM_AMAX),
         slow("calibration.seed", 7, {"draw_calibration_images", *DOWN_FROM_DRAWS}),
         ("gate.max_drop_pp", 99.0, {"decide"}),
         ("quantization.weight_method", "mse", {*EXPORTED, "correct_biases", *DOWN_FROM_AMAX}),
@@ -357,6 +357,7 @@ def repaint(path):
     turned.save(path)
 
 
+@pytest.mark.slow
 def test_a_changed_image_that_was_drawn_repeats_all_but_the_other_splits_and_the_model(base, images):
     config, root = images
     repaint(root / drawn_and_other_image(base)[0].relative_to(base.data.path))
@@ -381,6 +382,7 @@ def test_an_image_more_to_test_on_repeats_its_split_and_the_evaluations(images):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_another_checkpoint_repeats_all_but_the_images(base, tmp_path):
     state = networks.small_resnet().state_dict()
     torch.save({name: value * 1.5 for name, value in state.items()}, tmp_path / "other.pth")
@@ -415,9 +417,9 @@ def test_the_same_checkpoint_elsewhere_repeats_nothing(base, tmp_path):
 @pytest.mark.parametrize(
     ("library", "expected"),
     [
-        ("pillow", {"draw_calibration_images", "prepare_split"}),
+        slow("pillow", {"draw_calibration_images", "prepare_split"}),
         ("scipy", {"equalize_channels"}),
-        ("onnx-graphsurgeon", {"prepare_model", "equalize_channels", "export_qdq", "validate_graph"}),
+        slow("onnx-graphsurgeon", {"prepare_model", "equalize_channels", "export_qdq", "validate_graph"}),
         ("boto3", set()),
     ],
 )

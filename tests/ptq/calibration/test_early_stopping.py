@@ -90,7 +90,8 @@ def test_every_method_but_max_must_be_tight():
     assert together.length.images == max(trial.length.images for trial in alone)
 
 
-@pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.slow
 def test_the_number_of_workers_changes_neither_the_images_nor_a_bit(workers):
     draws = [ORDER, ORDER[::-1]]
     expected = adaptive(draws, tolerance_percent=12, methods=METHODS)
@@ -163,6 +164,7 @@ def histograms(generator):
 
 @settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 8))
+@pytest.mark.slow
 def test_leaving_a_group_out_is_merging_the_others(seed, count):
     generator = np.random.default_rng(seed)
     groups = [histograms(generator) for _ in range(count)]

@@ -81,6 +81,7 @@ def bits(trials):
 @example([(DENORMAL, [True, False, False]), ([1e38] * 4 + [0.0] * 4, [True, True, False])], 1, 1024)
 @example([([3.4028234663852886e38] * 8, [True] * 3), (DENORMAL, [True] * 3)], 2, 8192)
 @settings(deadline=None, max_examples=50)
+@pytest.mark.slow
 def test_histograms_have_the_bits_of_the_host_s_whatever_the_batch_size(images, batch_size, bins):
     drawn = np.array([trials for _, trials in images], dtype=np.int64)
     tensors = tensors_of(images)

@@ -116,6 +116,7 @@ def test_one_kind_of_damage_after_the_other_never_crashes_the_checks(mutation, d
 
 
 @pytest.mark.parametrize("seed", [*range(8), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(8, 24))])
+@pytest.mark.slow
 def test_several_kinds_of_damage_together_never_crash_the_checks(seed, tmp_path):
     random = np.random.default_rng(seed)
     path, model = tmp_path / "a.onnx", sound_graph("cpu" if seed % 2 else "tensorrt")

@@ -66,6 +66,7 @@ def test_the_same_arguments_give_the_same_bytes(folder, tmp_path):
     assert digests(tmp_path / "digits") == digests(folder)
 
 
+@pytest.mark.slow
 def test_another_seed_splits_otherwise(folder, tmp_path):
     write_digits_folder(tmp_path / "digits", image_size=8, seed=1)
     assert set(digests(tmp_path / "digits")) != set(digests(folder))
@@ -77,6 +78,7 @@ def test_a_complete_folder_is_left_alone(folder):
     assert modification_times(folder) == before
 
 
+@pytest.mark.slow
 def test_an_incomplete_folder_is_replaced_by_a_complete_one(folder, tmp_path):
     target = tmp_path / "digits"
     write_digits_folder(target, image_size=8, seed=0)

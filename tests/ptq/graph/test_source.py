@@ -13,7 +13,7 @@ from torch import nn
 from ptq.errors import CheckpointError
 from ptq.graph.canonical import canonical_graph, save_graph
 from ptq.graph.names import layers_of
-from ptq.graph.source import read_source, source_digest
+from ptq.graph.source import read_source, reads_pixels, source_digest
 
 SHAPE = (3, 8, 8)
 
@@ -324,11 +324,36 @@ def test_half_precision_weights_are_refused(tmp_path):
     refusal(make.save(tmp_path / "m.onnx"), "holds weights in float16, such as half")
 
 
-def test_images_of_another_type_are_refused(tmp_path):
-    make = small_graph()
+def pixels(make=None):
+    """The small graph behind a cast of its 8-bit input."""
+    make = small_graph(make)
     make.nodes[0].input[0] = "float"
     make.nodes.insert(0, helper.make_node("Cast", ["x"], ["float"], to=TensorProto.FLOAT))
-    refusal(make.save(tmp_path / "m.onnx", kind=TensorProto.UINT8), "Input x of .* is uint8 with 4 dimensions")
+    return make
+
+
+def test_images_of_8_bits_are_taken_as_the_same_numbers_in_float(tmp_path):
+    path = pixels().save(tmp_path / "m.onnx", kind=TensorProto.UINT8)
+    source = read_source(path, input_shape=SHAPE)
+    assert "pixels from 0 to 255" in source.notes[0]
+    save_graph(canonical(path), tmp_path / "canonical.onnx")
+    images = np.random.default_rng(0).integers(0, 256, (2, *SHAPE), dtype=np.uint8)
+    found = run(tmp_path / "canonical.onnx", images.astype(np.float32))
+    np.testing.assert_allclose(found, run(path, images), rtol=1e-5)
+
+
+def test_which_files_read_pixels(tmp_path):
+    assert reads_pixels(pixels().save(tmp_path / "m.onnx", kind=TensorProto.UINT8))
+    assert not reads_pixels(small_graph().save(tmp_path / "n.onnx"))
+
+
+@pytest.mark.parametrize("kind", [TensorProto.UINT8, TensorProto.DOUBLE])
+def test_images_of_another_type_are_refused(tmp_path, kind):
+    make = pixels()
+    if kind == TensorProto.UINT8:  # something else reads them too
+        make.node("Shape", "x", output="s")
+        make.node("ReduceSum", "s", output="u", keepdims=0)
+    refusal(make.save(tmp_path / "m.onnx", kind=kind), "Input x of .* is (uint8|double) with 4 dimensions")
 
 
 def test_a_graph_without_layers_is_refused(tmp_path):
@@ -343,11 +368,96 @@ def test_another_image_size_is_refused_with_what_to_set(tmp_path):
     refusal(path, r"reads images of shape \(3, 8, 8\), and the preprocessing gives \(3, 16, 16\)", (3, 16, 16))
 
 
-def test_channels_last_are_recognized(tmp_path):
-    make = small_graph()
+def channels_last(make=None):
+    make = small_graph(make)
     make.nodes[0].input[0] = "t"
     make.nodes.insert(0, helper.make_node("Transpose", ["x"], ["t"], perm=[0, 3, 1, 2]))
-    refusal(make.save(tmp_path / "m.onnx", input_shape=("n", 8, 8, 3)), "export it with channels first")
+    return make
+
+
+@pytest.mark.parametrize("size", [8, "h"])
+def test_channels_last_become_channels_first_without_a_transposition(tmp_path, size):
+    path = channels_last().save(tmp_path / "m.onnx", input_shape=("n", size, size, 3))
+    graph = canonical(path)
+    assert "Transpose" not in operators(graph)
+    assert graph.inputs[0].shape == ["n", *SHAPE]
+    assert "channels last" in read_source(path, input_shape=SHAPE).notes[0]
+    save_graph(graph, tmp_path / "canonical.onnx")
+    images = np.random.default_rng(1).normal(size=(2, *SHAPE)).astype(np.float32)
+    expected = run(path, np.ascontiguousarray(images.transpose(0, 2, 3, 1)))
+    np.testing.assert_allclose(run(tmp_path / "canonical.onnx", images), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_transpositions_in_a_row_become_one(tmp_path):
+    make = GraphMaker()
+    make.node("Transpose", "x", output="a", perm=[0, 2, 3, 1])
+    make.node("Transpose", "a", output="b", perm=[0, 2, 3, 1])
+    make.node("Conv", "b", make.weight("w", 6, 8, 3, 3), output="c")
+    make.node("GlobalAveragePool", "c", output="p")
+    make.node("Flatten", "p", output="f")
+    make.node("Gemm", "f", make.weight("v", 6, 4), output="y")
+    path = make.save(tmp_path / "m.onnx")
+    assert operators(canonical(path)).count("Transpose") == 1
+    assert_same_function(path, tmp_path)
+
+
+def test_a_rectangle_is_refused_without_advice_that_cannot_help(tmp_path):
+    path = small_graph().save(tmp_path / "m.onnx", input_shape=("n", 3, 16, 8))
+    with pytest.raises(CheckpointError, match="Images here are square") as error:
+        read_source(path, input_shape=SHAPE)
+    assert "resize and crop" not in str(error.value)
+
+
+def test_functions_of_the_file_are_written_out(tmp_path):
+    body = [helper.make_node("Conv", ["X", "W", "B"], ["c"]), helper.make_node("Relu", ["c"], ["Y"])]
+    standard = helper.make_opsetid("", 17)
+    make = small_graph()
+    make.nodes[:2] = [helper.make_node("Block", ["x", "w", "b"], ["r"], "block", domain="own")]
+    path = make.save(tmp_path / "m.onnx", opsets=[helper.make_opsetid("own", 1)])
+    model = onnx.load(path)
+    model.functions.append(helper.make_function("own", "Block", ["X", "W", "B"], ["Y"], body, [standard]))
+    onnx.save(model, path)
+    assert_same_function(path, tmp_path)
+    assert operators(canonical(path))[:2] == ["Conv", "Relu"]
+
+
+def test_a_domain_of_which_the_file_has_no_operator_is_forgotten(tmp_path):
+    path = small_graph().save(tmp_path / "m.onnx", opsets=[helper.make_opsetid("com.microsoft", 1)])
+    assert_same_function(path, tmp_path)
+
+
+def with_second_output(path, name, kind, shape):
+    """Saves a graph whose pooled features, or their class, are an output too."""
+    make = small_graph()
+    if kind == TensorProto.INT64:
+        make.node("ArgMax", "y", output=name, axis=1, keepdims=0)
+    else:
+        make.node("Identity", "f", output=name)
+    model = onnx.load(make.save(path))
+    model.graph.output.insert(0, helper.make_tensor_value_info(name, kind, shape))
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "shape"), [("label", TensorProto.INT64, ["n"]), ("features", TensorProto.FLOAT, ["n", 6])]
+)
+def test_of_several_outputs_the_one_with_a_number_per_class_is_taken(tmp_path, name, kind, shape):
+    path = with_second_output(tmp_path / "m.onnx", name, kind, shape)
+    source = read_source(path, input_shape=SHAPE, class_count=4)
+    assert source.output_name == "y"
+    assert source.notes == (f"Of the outputs y is taken as the logits, and {name} is left out.",)
+    assert [value.name for value in source.model.graph.output] == ["y"]
+
+
+def test_outputs_that_cannot_be_told_apart_are_refused(tmp_path):
+    path = with_second_output(tmp_path / "m.onnx", "features", TensorProto.FLOAT, ["n", 6])
+    refusal(path, r"1 inputs and 2 outputs \(x, features, y\)")
+
+
+def test_an_output_called_logits_is_taken(tmp_path):
+    path = with_second_output(tmp_path / "m.onnx", "logits_of_six", TensorProto.FLOAT, ["n", 6])
+    assert read_source(path, input_shape=SHAPE).output_name == "logits_of_six"
 
 
 def test_operators_of_one_runtime_are_refused(tmp_path):

@@ -1,4 +1,5 @@
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
@@ -12,7 +13,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ptq.errors import CheckpointError, ExportError, UsageError
-from ptq.networks.checkpoint import head_size, load_weights_, read_state_dict, read_weights, weights_for
+from ptq.networks.checkpoint import (
+    checkpoint_digest,
+    head_size,
+    load_weights_,
+    read_state_dict,
+    read_weights,
+    weights_for,
+)
 from ptq.networks.factory import create_model, factory_digest
 from ptq.networks.folding import check_runs, fold_model
 
@@ -106,7 +114,10 @@ def test_options_numbers_and_counters_of_training_scripts_are_no_weights(tmp_pat
 
 @pytest.mark.parametrize(
     ("name", "pattern", "before"),
-    [("densenet121", r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2"), ("vit_b_16", r"\.mlp\.0\.", ".mlp.linear_1.")],
+    [
+        ("densenet121", r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2"),
+        pytest.param("vit_b_16", r"\.mlp\.0\.", ".mlp.linear_1.", marks=pytest.mark.slow),
+    ],
 )
 def test_names_of_older_releases_become_todays(tmp_path, name, pattern, before):
     state = create_model(name, num_classes=2, channels=3).state_dict()
@@ -281,3 +292,54 @@ def test_a_model_that_cannot_read_the_image_says_what_to_check():
 def test_a_model_with_other_outputs_is_no_classifier():
     with pytest.raises(ExportError, match=r"returns \(1, 4\) for one image; expected \(1, 5\)"):
         check_runs(small_resnet(), input_shape=(3, 16, 16), num_classes=5)
+
+
+def in_shards(folder, state):
+    """Two files of safetensors and their index, as transformers writes large models."""
+    shards = {f"model-0000{number}-of-00002.safetensors": {} for number in (1, 2)}
+    for position, (key, value) in enumerate(state.items()):
+        shards[list(shards)[position % 2]][key] = value.contiguous()
+    for file, part in shards.items():
+        save_file(part, folder / file)
+    weight_map = {key: file for file, part in shards.items() for key in part}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def test_weights_in_several_files_are_read_by_their_index_and_by_their_folder(tmp_path):
+    state = small_resnet().state_dict()
+    in_shards(tmp_path, state)
+    for path in (tmp_path / "model.safetensors.index.json", tmp_path):
+        found = read_state_dict(path)
+        assert found.keys() == state.keys()
+        assert all(torch.equal(found[key], value) for key, value in state.items())
+        before = checkpoint_digest(path)
+    (tmp_path / "model-00002-of-00002.safetensors").write_bytes(b"other")
+    assert checkpoint_digest(tmp_path) != before
+
+
+def test_one_file_in_a_folder_is_taken_before_an_index(tmp_path):
+    in_shards(tmp_path, {"a": torch.zeros(1), "b": torch.zeros(1)})
+    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
+    assert read_state_dict(tmp_path)["a"] == 1
+
+
+@pytest.mark.parametrize(
+    ("index", "says"),
+    [
+        ({"weight_map": {"a": "absent.safetensors"}}, r"of which 1 are absent \(absent\.safetensors\)"),
+        ({"weight_map": {"a": "../other.safetensors"}}, r"it names \.\./other\.safetensors"),
+        ({"weight_map": {"a": "code.bin"}}, "it names code.bin"),
+        ({"weight_map": {}}, "is no index"),
+        ({"weight_map": ["a"]}, "is no index"),
+        ({}, "KeyError 'weight_map'"),
+    ],
+)
+def test_an_index_that_leads_nowhere_is_refused(tmp_path, index, says):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=says):
+        read_state_dict(tmp_path)
+
+
+def test_a_folder_without_weights_says_what_is_expected(tmp_path):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors does not exist.*a folder of transformers"):
+        read_state_dict(tmp_path)

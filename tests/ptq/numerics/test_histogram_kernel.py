@@ -67,6 +67,7 @@ def test_each_trial_has_the_bits_it_would_have_alone_whatever_the_others_drew(im
 
 @given(IMAGES, st.randoms(use_true_random=False))
 @settings(deadline=None)
+@pytest.mark.slow
 def test_the_order_of_images_does_not_change_a_bit(images, random):
     images = [array(values) for values in images]
     shuffled = random.sample(images, len(images))

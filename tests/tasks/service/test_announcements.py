@@ -92,6 +92,7 @@ def test_a_checkpoint_becomes_one_event_with_what_a_run_needs(store, model):
     ]
 
 
+@pytest.mark.slow
 def test_two_hundred_checkpoints_become_two_hundred_events(store, model, monkeypatch):
     monkeypatch.setattr(announcements, "_SHOWN_WITHIN_S", 120.0)
     result = announce(store, iter(versions(model, 200)), logger)
@@ -152,6 +153,7 @@ def test_an_event_that_the_server_took_and_lost_is_sent_again(store, model, monk
     assert len(payloads(model)) == 1
 
 
+@pytest.mark.slow
 def test_nothing_is_claimed_while_the_server_is_away(store, model):
     with (
         temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}),

@@ -151,6 +151,7 @@ def test_what_the_bucket_tells_of_is_announced_and_what_is_no_checkpoint_under_t
     assert announced[0] == [uri]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_announced_waits_and_is_tried_again(inbox, announced, s3_server):
     uri = f"{inbox.prefix}/digits/a.onnx"
     worked(inbox, until=lambda: inbox.has_caught_up)
