@@ -30,10 +30,9 @@ from ptq.evaluation.sensitivity import (
     quantizer_sqnr_db,
     quantizers_of_layers,
 )
-from ptq.networks.checkpoint import load_weights_
-from ptq.networks.factory import create_model
 from ptq.networks.fake_quant import fake_quant_from_folded, weight_amax
 from ptq.networks.folding import FoldedModel, fold_model
+from ptq.networks.network import NetworkKind, network_as_built
 from ptq.networks.unfolding import unfolded_state
 from ptq.quantization.prepared import plan_from_file
 from ptq.records.benchmark import BenchmarkRecord
@@ -54,7 +53,7 @@ class ModelFiles:
     weights: Path
     plan: Path
     num_classes: int
-    channels: int
+    input_shape: tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,9 +199,9 @@ def fine_tune_from_files(
 def _network(
     model: ModelFiles, plan: PlacementPlan, table: Mapping[str, float], dialect: Dialect, weight_method: WeightMethod
 ) -> _Network:
-    original = create_model(model.name, num_classes=model.num_classes, channels=model.channels)
+    kind = NetworkKind(model.name, model.num_classes, model.input_shape)
     state = safetensors.torch.load_file(model.weights)
-    load_weights_(original, state, name=model.name, source=str(model.weights))
+    original, _ = network_as_built(state, kind, source=str(model.weights))
     folded = fold_model(original)
     fake_quant = fake_quant_from_folded(
         folded.module,

@@ -82,6 +82,7 @@ def read_source(path: Path, *, input_shape: tuple[int, int, int], class_count: i
     batch_size, changes = _fit_input_(path, model, inputs[0], input_shape)
     del model.graph.input[:]
     model.graph.input.append(inputs[0])
+    _give_shape_(model, output)
     return OnnxSource(_upgraded(path, model), inputs[0].name, output.name, batch_size, (*notes, *changes))
 
 
@@ -118,6 +119,18 @@ def _logits_of(model: onnx.ModelProto, class_count: int | None) -> onnx.ValueInf
         if len(found) == 1:
             return found[0]
     return None
+
+
+def _give_shape_(model: onnx.ModelProto, output: onnx.ValueInfoProto) -> None:
+    """Writes down the shape of an output that has none, which the format asks for."""
+    if output.type.tensor_type.HasField("shape"):
+        return
+    found = onnx.shape_inference.infer_shapes(model).graph.output[0].type.tensor_type
+    shape = model.graph.output[0].type.tensor_type.shape
+    shape.CopyFrom(found.shape)
+    if not shape.dim:  # nothing is known: any number of rows of any length
+        shape.dim.add()
+        shape.dim.add()
 
 
 def _is_row_of(value: onnx.ValueInfoProto, class_count: int | None) -> bool:

@@ -196,7 +196,7 @@ def _files(store: Store, model: ModelRecord) -> fallback.ModelFiles:
         weights=store.get_path(model.weights),
         plan=store.get_path(model.plan),
         num_classes=model.num_classes,
-        channels=model.input_shape[0],
+        input_shape=model.input_shape,
     )
 
 

@@ -408,6 +408,15 @@ def test_a_rectangle_is_refused_without_advice_that_cannot_help(tmp_path):
     assert "resize and crop" not in str(error.value)
 
 
+def test_an_output_without_a_shape_gets_the_one_that_it_has(tmp_path):
+    path = small_graph().save(tmp_path / "m.onnx")
+    model = onnx.load(path)
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    onnx.save(model, path)
+    assert canonical(path).outputs[0].shape == ["n", 4]
+    assert_same_function(path, tmp_path)
+
+
 def test_functions_of_the_file_are_written_out(tmp_path):
     body = [helper.make_node("Conv", ["X", "W", "B"], ["c"]), helper.make_node("Relu", ["c"], ["Y"])]
     standard = helper.make_opsetid("", 17)

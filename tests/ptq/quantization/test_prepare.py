@@ -1,6 +1,7 @@
 """Is every layer quantized however the network spells it, and is what stays in float told?"""
 
 import networks
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from ptq.config import QuantizationConfig
 from ptq.errors import ExportError, UsageError
+from ptq.evaluation.fallback import ModelFiles, rank_layers
 from ptq.graph.coverage import describe, require_coverage
 from ptq.networks.network import NetworkKind, network_as_built, network_from_weights
 from ptq.networks.unfolding import unfolded_state
@@ -171,6 +173,22 @@ def test_computed_weights_become_plain_and_changed_ones_are_a_checkpoint_too(tmp
     )
     torch.testing.assert_close(again(images), network.original(images), rtol=1e-4, atol=1e-5)
     assert not [name for name in again.state_dict() if "parametrizations" in name or name.endswith("_orig")]
+
+
+def test_the_layers_of_a_network_with_computed_weights_can_be_ranked(tmp_path):
+    found = prepared(tmp_path, "WeightNorm")
+    files = ModelFiles(
+        "test_prepare_networks:WeightNorm", found.files["weights"], found.files["plan"], 4, input_shape=SHAPE
+    )
+    ranking = rank_layers(
+        files,
+        table={spec.name: 2.0 for spec in found.plan.activations},
+        images=np.random.default_rng(0).normal(size=(2, *SHAPE)).astype(np.float32),
+        dialect="cpu",
+        weight_method="max",
+        threads=1,
+    )
+    assert {each.layer for each in ranking} == set(found.plan.quantized_layers)
 
 
 def test_layers_left_out_by_choice_are_named_and_not_held_against_the_network(tmp_path):
