@@ -147,6 +147,31 @@ class OnnxRuntimeEngine(OneBatchAtATime):
         return session
 
 
+def without_transpositions(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Returns a graph as ONNX Runtime's basic optimisation leaves it, in ONNX's own operators.
+
+    It moves transpositions through what does not mind them until they meet, and folds what is constant.
+
+    Raises:
+        EngineBuildError: the graph cannot be loaded.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _ERROR_SEVERITY
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "optimised.onnx"
+        options.optimized_model_filepath = str(path)
+        try:
+            onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[_PROVIDER])
+        except Exception as error:  # the library's exceptions share no base class
+            raise EngineBuildError(f"ONNX Runtime {onnxruntime.__version__} cannot load the graph: {error}.") from error
+        found = onnx.load(path)
+    used = {node.domain for node in found.graph.node}
+    for entry in [each for each in found.opset_import if each.domain and each.domain not in used]:
+        found.opset_import.remove(entry)
+    return found
+
+
 def report_layers(optimised: Path) -> tuple[LayerReport, ...]:
     """Returns the operators of a graph that ONNX Runtime has optimised, and the types that they read and write.
 

@@ -5,6 +5,7 @@ tensor and weight one name: a layer's parameters are `<layer>.weight` and `<laye
 name of the node. The function of the network stays what it was.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 from ptq.errors import CheckpointError
 from ptq.graph.names import bias_add, layers_of, module_of, rename_
 from ptq.graph.source import OnnxSource
+from ptq.graph.transpositions import join_transpositions_, sink_transpositions_
 
 BATCH = "n"
 _NOTHING_AT_INFERENCE = ("Identity", "Dropout")
@@ -46,9 +48,14 @@ def canonical_graph(source: OnnxSource, *, origin: str) -> gs.Graph:
             f"{origin} branches or loops while it runs: it has {flow[0].op} {flow[0].name}. Expected a plain graph; "
             "export the model in evaluation mode with an example image."
         )
-    _join_transposes_(graph)
+    _remove_nothings_(graph)
+    if source.channels_last:
+        sink_transpositions_(graph)
+    else:
+        join_transpositions_(graph)
     _remove_nothings_(graph)
     _fold_batchnorms_(graph)
+    _fold_affine_(graph)
     for node in graph.nodes:
         if node.op == "Gemm":
             _weights_first_(node)
@@ -87,24 +94,10 @@ def save_graph(graph: gs.Graph, path: Path, metadata: dict[str, str] | None = No
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 
-def _join_transposes_(graph: gs.Graph) -> None:
-    """Makes one of two transpositions in a row, and none where the second takes the first back."""
-    for node in graph.nodes:
-        before = node.inputs[0].inputs[0] if node.op == "Transpose" and node.inputs[0].inputs else None
-        if before is None or before.op != "Transpose" or "perm" not in before.attrs or "perm" not in node.attrs:
-            continue
-        order = [before.attrs["perm"][axis] for axis in node.attrs["perm"]]
-        node.inputs = [before.inputs[0]]
-        node.attrs = {"perm": order}
-        if order == sorted(order):
-            node.op, node.attrs = "Identity", {}
-    graph.cleanup().toposort()
-
-
 def _remove_nothings_(graph: gs.Graph) -> None:
     outputs = {id(tensor) for tensor in graph.outputs}
     for node in graph.nodes:
-        if node.op not in _NOTHING_AT_INFERENCE or any(tensor.outputs for tensor in node.outputs[1:]):
+        if not _is_nothing(node) or any(tensor.outputs for tensor in node.outputs[1:]):
             continue
         source, result = node.inputs[0], node.outputs[0]
         if id(result) in outputs:
@@ -123,6 +116,13 @@ def _remove_nothings_(graph: gs.Graph) -> None:
     graph.cleanup().toposort()
 
 
+def _is_nothing(node: gs.Node) -> bool:
+    """Whether a node hands on what it reads: at inference, or as a cast to the type that it reads."""
+    if node.op == "Cast":
+        return node.inputs[0].dtype == np.float32 and node.attrs["to"] == onnx.TensorProto.FLOAT
+    return node.op in _NOTHING_AT_INFERENCE
+
+
 def _fold_batchnorms_(graph: gs.Graph) -> None:
     """Makes every BatchNorm part of the convolution before it, if nothing else reads what that writes."""
     outputs = {id(tensor) for tensor in graph.outputs}
@@ -138,6 +138,57 @@ def _fold_batchnorms_(graph: gs.Graph) -> None:
             continue
         _fold_batchnorm_(writer, node)
     graph.cleanup().toposort()
+
+
+def _fold_affine_(graph: gs.Graph) -> None:
+    """Makes factors and shifts per channel behind a convolution part of it, as exporters write BatchNorm too."""
+    outputs = {id(tensor) for tensor in graph.outputs}
+    for node in graph.nodes:
+        position = next((at for at, tensor in enumerate(node.inputs) if isinstance(tensor, gs.Constant)), None)
+        if node.op not in _AFFINE or position is None or len(node.inputs) != 2 or (node.op == "Div" and position == 0):
+            continue
+        between = node.inputs[1 - position]
+        writer = between.inputs[0] if len(between.inputs) == len(between.outputs) == 1 else None
+        if writer is None or writer.op != "Conv" or id(between) in outputs:
+            continue
+        if (
+            not all(isinstance(tensor, gs.Constant) for tensor in writer.inputs[1:])
+            or len(writer.inputs[1].outputs) > 1
+        ):
+            continue
+        weight, constant = writer.inputs[1].values.astype(np.float64), node.inputs[position].values.astype(np.float64)
+        channels = len(weight)
+        if channels == 1 or constant.size != channels or constant.shape[-3:] != (channels, 1, 1):
+            continue
+        shift = np.zeros(channels) if len(writer.inputs) < 3 else writer.inputs[2].values.astype(np.float64)
+        factor, shift = _AFFINE[node.op](shift, constant.ravel(), position)
+        weight = weight * factor.reshape(-1, *[1] * (weight.ndim - 1))
+        writer.inputs = [
+            writer.inputs[0],
+            gs.Constant(writer.inputs[1].name, _float32(weight)),
+            gs.Constant(f"{writer.name or between.name}#bias", _float32(shift)),
+        ]
+        result = node.outputs[0]
+        node.outputs.clear()
+        writer.outputs = [result]
+    graph.cleanup().toposort()
+
+
+def _negated_if(value: np.ndarray, condition: bool) -> np.ndarray:
+    return -value if condition else value
+
+
+# What a constant per channel behind a convolution makes of its bias: the factor of the weights, and the new bias. The
+# constant is the first or the second of what the operator reads.
+_AFFINE: dict[str, Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]] = {
+    "Add": lambda bias, constant, _: (np.ones_like(bias), bias + constant),
+    "Sub": lambda bias, constant, position: (
+        _negated_if(np.ones_like(bias), position == 0),
+        _negated_if(bias - constant, position == 0),
+    ),
+    "Mul": lambda bias, constant, _: (constant, bias * constant),
+    "Div": lambda bias, constant, _: (1 / constant, bias / constant),
+}
 
 
 def _fold_batchnorm_(conv: gs.Node, norm: gs.Node) -> None:

@@ -35,13 +35,15 @@ _OTHER_FLOATS = {
 class OnnxSource:
     """A classifier of images (n, c, h, w) in float32, weights included.
 
-    `batch_size` is None where the batch is dynamic; `notes` says what of the file was left out or changed.
+    `batch_size` is None where the batch is dynamic; `channels_last` tells that the file's own input is (n, h, w, c), so
+    that its graph is full of transpositions; `notes` says what of the file was left out or changed.
     """
 
     model: onnx.ModelProto
     input_name: str
     output_name: str
     batch_size: int | None
+    channels_last: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -79,11 +81,14 @@ def read_source(path: Path, *, input_shape: tuple[int, int, int], class_count: i
         notes.append(f"Of the outputs {output.name} is taken as the logits, and {first_names(others)} is left out.")
         del model.graph.output[:]
         model.graph.output.append(output)
-    batch_size, changes = _fit_input_(path, model, inputs[0], input_shape)
+    notes += _read_as_float_(model.graph, inputs[0])
+    batch_size, channels_last = _fit_input_(path, model, inputs[0], input_shape)
+    if channels_last:
+        notes.append(f"The file takes {inputs[0].name} with channels last; the INT8 model takes (n, c, h, w).")
     del model.graph.input[:]
     model.graph.input.append(inputs[0])
     _give_shape_(model, output)
-    return OnnxSource(_upgraded(path, model), inputs[0].name, output.name, batch_size, (*notes, *changes))
+    return OnnxSource(_upgraded(path, model), inputs[0].name, output.name, batch_size, channels_last, tuple(notes))
 
 
 def reads_pixels(path: Path) -> bool:
@@ -230,9 +235,10 @@ def _check_operators(path: Path, model: onnx.ModelProto) -> None:
 
 
 def _check_types(path: Path, model: onnx.ModelProto) -> None:
-    """Weights and image must be float32, and finite."""
+    """Weights must be float32; what is cast as it is read may be anything."""
+    plain = {name for node in _nodes(model.graph) if node.op_type != "Cast" for name in node.input}
     for tensor in model.graph.initializer:
-        if tensor.data_type in _OTHER_FLOATS:
+        if tensor.data_type in _OTHER_FLOATS and tensor.name in plain:
             raise CheckpointError(
                 f"{path} holds weights in {_OTHER_FLOATS[tensor.data_type]}, such as {tensor.name}. Expected float32: "
                 "rounded weights would be rounded twice. Export the model in FP32."
@@ -241,20 +247,14 @@ def _check_types(path: Path, model: onnx.ModelProto) -> None:
 
 def _fit_input_(
     path: Path, model: onnx.ModelProto, value: onnx.ValueInfoProto, input_shape: tuple[int, int, int]
-) -> tuple[int | None, list[str]]:
-    """Makes the image input (n, c, h, w) in float32, with its free dimensions set.
+) -> tuple[int | None, bool]:
+    """Checks the image input, makes it (n, c, h, w) and sets its free dimensions.
 
     Returns:
-        its batch size, None for a dynamic one, and what was changed.
+        its batch size, None for a dynamic one, and whether its channels were last.
     """
     kind = value.type.tensor_type
     dimensions = [d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else None for d in kind.shape.dim]
-    notes = []
-    if kind.elem_type == TensorProto.UINT8 and len(dimensions) == 4 and _read_as_float_(model.graph, value):
-        notes.append(
-            f"The file takes pixels from 0 to 255 as {value.name} and normalises them itself: mean 0 and std 1/255 "
-            "give it these. The INT8 model takes the same numbers in float."
-        )
     if kind.elem_type != TensorProto.FLOAT or len(dimensions) != 4:
         name = TensorProto.DataType.Name(kind.elem_type).lower()
         raise CheckpointError(
@@ -262,16 +262,16 @@ def _fit_input_(
             "(n, c, h, w). Export the classifier without its preprocessing."
         )
     channels, *sides = input_shape
-    if not _fits(dimensions[1:], input_shape) and _fits(dimensions[1:], (*sides, channels)):
-        _put_channels_first_(model.graph, value)
-        notes.append(f"The file takes {value.name} with channels last; the INT8 model takes (n, c, h, w).")
-    elif not _fits(dimensions[1:], input_shape):
+    channels_last = not _fits(dimensions[1:], input_shape)
+    if channels_last and not _fits(dimensions[1:], (*sides, channels)):
         raise CheckpointError(
             f"{path} reads images of shape {tuple(dimensions[1:])}, {_what_to_do(dimensions, input_shape)}"
         )
+    if channels_last:
+        _put_channels_first_(model.graph, value)
     for dimension, size in zip(kind.shape.dim[1:], input_shape, strict=True):
         dimension.dim_value = size
-    return dimensions[0], notes
+    return dimensions[0], channels_last
 
 
 def _fits(found: list[int | None], wanted: tuple[int, ...]) -> bool:
@@ -288,17 +288,20 @@ def _what_to_do(dimensions: list[int | None], input_shape: tuple[int, int, int])
     return f"{given} Set channels, resize and crop to match."
 
 
-def _read_as_float_(graph: onnx.GraphProto, value: onnx.ValueInfoProto) -> bool:
-    """Gives what casts the 8-bit input to float the same numbers in float; False where something else reads it."""
+def _read_as_float_(graph: onnx.GraphProto, value: onnx.ValueInfoProto) -> list[str]:
+    """Gives what casts an input of 8 bits to float the same numbers in float, and says so; else changes nothing."""
     readers = [node for node in _nodes(graph) if value.name in node.input]
     casts = [node for node in readers if node.op_type == "Cast" and node.attribute[0].i == TensorProto.FLOAT]
-    if not readers or len(casts) != len(readers):
-        return False
+    if value.type.tensor_type.elem_type != TensorProto.UINT8 or not readers or len(casts) != len(readers):
+        return []
     for node in casts:
         node.op_type = "Identity"
         del node.attribute[:]
     value.type.tensor_type.elem_type = TensorProto.FLOAT
-    return True
+    return [
+        f"The file takes pixels from 0 to 255 as {value.name} and normalises them itself: mean 0 and std 1/255 give it "
+        "these. The INT8 model takes the same numbers in float."
+    ]
 
 
 def _put_channels_first_(graph: onnx.GraphProto, value: onnx.ValueInfoProto) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import pathlib
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,8 +241,10 @@ def load_weights_(model: nn.Module, state: Mapping[str, torch.Tensor], *, name: 
             f"Checkpoint {source} does not fit {name}: it {', '.join(parts)}. Expected the weights of {name} with "
             f"this data's classes and channels. Check --model, --channels and the number of class folders."
         )
-    incomplete = {**{key: expected[key] for key in optional}, **state}
-    model.load_state_dict(incomplete, strict=True)
+    complete = OrderedDict({**{key: expected[key] for key in optional}, **state})
+    # Some modules ask for the version of their weights.
+    complete._metadata = getattr(expected, "_metadata", {})  # type: ignore[attr-defined]
+    model.load_state_dict(complete, strict=True)
     bad = [key for key, value in state.items() if value.is_floating_point() and not torch.isfinite(value).all()]
     if bad:
         raise CheckpointError(

@@ -65,6 +65,8 @@ def export_onnx(
                 output_names=names,
                 dynamic_axes=dynamic,
                 do_constant_folding=False,
+                # Layers with equal parameters would be given one of them, and quantizers are found by their names.
+                keep_initializers_as_inputs=True,
             )
     except Exception as error:  # the exporter raises whatever the model's forward or a symbolic function raises
         raise ExportError(
@@ -72,6 +74,7 @@ def export_onnx(
             "network of operations that ONNX opset 17 has; rewrite the operation named, or quantize an ONNX file."
         ) from error
     graph = gs.import_onnx(onnx.load(path))
+    graph.inputs = [tensor for tensor in graph.inputs if not isinstance(tensor, gs.Constant)]
     _inline_constants_(graph)
     _save(graph, path, metadata or {})
 

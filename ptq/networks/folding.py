@@ -13,6 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from ptq.errors import ExportError
 from ptq.networks.attention import explicit_attention_
+from ptq.networks.constants import fold_constant_layers_
 from ptq.networks.factory import torchvision
 from ptq.wording import first_line
 
@@ -53,6 +54,7 @@ def fold_model(model: nn.Module, *, input_shape: tuple[int, int, int] | None = N
             "convolutions and linear layers are quantized: residual adds and pools stay in float, which costs speed.",
         )
     _make_functional_(graph_module)
+    fold_constant_layers_(graph_module)
     _remove_inference_identities_(graph_module)
     _fold_batchnorm_(graph_module)
     graph_module.graph.lint()

@@ -18,7 +18,7 @@ from ptq.networks.checkpoint import load_weights_
 from ptq.networks.factory import create_model
 from ptq.networks.folding import FoldedModel, fold_model
 from ptq.networks.outputs import take_logits_
-from ptq.networks.parametrizations import make_plain_
+from ptq.networks.parametrizations import make_plain_, untie_
 from ptq.networks.reparameterization import reparameterized
 
 # A run works on its network as it came and on the equalized one.
@@ -57,6 +57,7 @@ def network_as_built(state: Mapping[str, torch.Tensor], kind: NetworkKind, *, so
         UsageError: there is no such network.
     """
     network = create_model(kind.name, num_classes=kind.num_classes, channels=kind.input_shape[0])
+    state = {**{name: state[owner] for name, owner in untie_(network).items() if owner in state}, **state}
     if not _fits(network, state):  # as equalization leaves them, or someone who saved the network's final form
         fresh = create_model(kind.name, num_classes=kind.num_classes, channels=kind.input_shape[0])
         final, note = _in_final_form(fresh, kind)
@@ -72,7 +73,8 @@ def _fits(network: nn.Module, state: Mapping[str, torch.Tensor]) -> bool:
 
 
 def _in_final_form(network: nn.Module, kind: NetworkKind) -> tuple[nn.Module, str]:
-    """The network with plain weights, logits alone, and no branches that only training needs; and notes on these."""
+    """The network with plain weights of its layers' own, logits alone, and no training branches; and notes on these."""
+    untie_(network)
     make_plain_(network)
     taken = take_logits_(network, input_shape=kind.input_shape, num_classes=kind.num_classes)
     network, left = reparameterized(network, input_shape=kind.input_shape)

@@ -37,7 +37,7 @@ def take_logits_(network: nn.Module, *, input_shape: tuple[int, int, int], num_c
         return ""
     is_plain = logits.ndim == 2 and len(logits) == 1
     if steps or not is_plain or len(inspect.signature(type(network).forward).parameters) > 2:
-        _set_forward_(network, steps, logits.ndim, is_plain=is_plain)
+        _set_forward_(network, steps, num_classes, is_plain=is_plain)
     if not steps:
         return ""
     what = "".join(text for text, _ in steps)
@@ -64,7 +64,7 @@ def _item(key: Any) -> Callable[[Any], Any]:
     return lambda output: output[key]
 
 
-def _set_forward_(network: nn.Module, steps: tuple[_Step, ...], rank: int, *, is_plain: bool) -> None:
+def _set_forward_(network: nn.Module, steps: tuple[_Step, ...], num_classes: int, *, is_plain: bool) -> None:
     """Gives the network a class of its own, for tracers ask the class for `forward`."""
     base = type(network)
 
@@ -72,8 +72,6 @@ def _set_forward_(network: nn.Module, steps: tuple[_Step, ...], rank: int, *, is
         output = base.forward(self, images)
         for _, step in steps:
             output = step(output)
-        if is_plain:
-            return output
-        return torch.flatten(output, 1) if rank > 1 else output.reshape(images.shape[0], -1)
+        return output if is_plain else output.reshape(-1, num_classes)
 
     network.__class__ = type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})

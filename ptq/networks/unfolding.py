@@ -30,6 +30,8 @@ def unfolded_state(original: nn.Module, folded: FoldedModel, changed: nn.Module)
         if original_parameter is not None:
             state[original_parameter] = trained[name]
     for norm, layer in _folded_batchnorms(original, folded).items():
+        if f"{layer}.bias" not in trained:
+            continue  # it computes the same for every image, and stays as it was
         neutral = {"weight": 1.0, "bias": 0.0, "running_var": 1.0 - original.get_submodule(norm).eps}
         for name, value in neutral.items():
             if f"{norm}.{name}" in state:

@@ -4,6 +4,7 @@ The second way in, beside `prepare_torch`: the same files, from a classifier who
 comes out is checked against what came in, on random images.
 """
 
+import dataclasses
 import json
 import tempfile
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ import numpy as np
 from ptq.config import QuantizationConfig
 from ptq.engines import open_engine
 from ptq.engines.base import Engine
+from ptq.engines.onnxruntime import without_transpositions
 from ptq.errors import CheckpointError, EngineBuildError
 from ptq.graph.canonical import canonical_graph, read_graph, save_graph, with_shapes
 from ptq.graph.coverage import measure_coverage
@@ -63,7 +65,7 @@ def prepare_onnx_model(
     """
     engine = open_engine("onnxruntime", threads=1)
     source = read_source(checkpoint, input_shape=input_shape, class_count=class_count)
-    graph = canonical_graph(source, origin=str(checkpoint))
+    graph = canonical_graph(_channels_first(source), origin=str(checkpoint))
     files = {
         "weights": directory / "model_canonical.onnx",
         "fp32_onnx": directory / "model_fp32.onnx",
@@ -121,6 +123,16 @@ def _check_class_count(path: Path, found: int, wanted: int, *, has_named_classes
             f"{path} has {found} outputs, and the data has {what}. Expected one output per class; check the number "
             "of class folders, or the manifest's label column, and the model."
         )
+
+
+def _channels_first(source: OnnxSource) -> OnnxSource:
+    """The source without the transpositions around each layer of a network whose channels are last."""
+    if not source.channels_last:
+        return source
+    try:
+        return dataclasses.replace(source, model=without_transpositions(source.model))
+    except EngineBuildError:  # `_checked_classes` says why it cannot run
+        return source
 
 
 def _checked_classes(

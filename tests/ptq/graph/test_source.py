@@ -320,8 +320,19 @@ def test_several_inputs_are_refused(tmp_path):
 
 def test_half_precision_weights_are_refused(tmp_path):
     make = small_graph()
-    make.weight("half", values=np.zeros(3, np.float16))
+    make.nodes[0].input[1] = make.weight("half", values=np.zeros((6, 3, 3, 3), np.float16))
     refusal(make.save(tmp_path / "m.onnx"), "holds weights in float16, such as half")
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float64])
+def test_a_constant_that_is_cast_as_it_is_read_may_be_of_any_type(tmp_path, kind):
+    make = small_graph()
+    make.nodes[0].input[0] = "scaled"
+    factor = helper.make_node(
+        "Cast", [make.weight("factor", values=np.array(0.5, kind))], ["f32"], to=TensorProto.FLOAT
+    )
+    make.nodes[:0] = [factor, helper.make_node("Mul", ["x", "f32"], ["scaled"])]
+    assert_same_function(make.save(tmp_path / "m.onnx"), tmp_path)
 
 
 def pixels(make=None):

@@ -294,6 +294,17 @@ def test_a_model_with_other_outputs_is_no_classifier():
         check_runs(small_resnet(), input_shape=(3, 16, 16), num_classes=5)
 
 
+def test_a_network_that_asks_for_the_version_of_its_weights_gets_it():
+    """MNASNet changed its layers once, and refuses weights without a version."""
+    network = create_model("mnasnet0_5", num_classes=2, channels=3)
+    load_weights_(
+        network,
+        dict(create_model("mnasnet0_5", num_classes=2, channels=3, seed=1).state_dict()),
+        name="mnasnet0_5",
+        source="a.pth",
+    )
+
+
 def in_shards(folder, state):
     """Two files of safetensors and their index, as transformers writes large models."""
     shards = {f"model-0000{number}-of-00002.safetensors": {} for number in (1, 2)}
