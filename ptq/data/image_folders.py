@@ -80,12 +80,9 @@ class LocalTree:
         return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
     def files(self, inside: str) -> Iterator[str]:
-        """Yields the files in a folder; see `ImageTree`."""
+        """Yields the files in a folder, links followed unless they lead back up; see `ImageTree`."""
         folder = self.root / inside
-        for parent, folders, files in os.walk(folder, followlinks=True):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            relative = Path(parent).relative_to(folder)
-            yield from ((relative / name).as_posix() for name in files if not name.startswith("."))
+        return _files_below(folder, "", frozenset({_identity(folder.stat())}))
 
     def leads_out(self, path: str) -> bool:
         """Whether a path is absolute or has ..; see `ImageTree`."""
@@ -123,6 +120,28 @@ class LocalTree:
                 f"Image {path} under {self.root} cannot be read: {error.strerror}. Restore the file or its "
                 "permissions, or remove it from the data."
             ) from error
+
+
+def _files_below(folder: Path, inside: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
+    """The files in a folder and those in it, below `inside`; a folder among those `above` itself is left out."""
+    try:
+        with os.scandir(folder) as entries:
+            found = [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise ManifestError(
+            f"Folder {folder} cannot be read: {error.strerror}. Restore its permissions, or remove it from the data."
+        ) from error
+    for entry in found:
+        if not entry.is_dir():
+            yield f"{inside}{entry.name}"
+            continue
+        identity = _identity(entry.stat())
+        if identity not in above:
+            yield from _files_below(folder / entry.name, f"{inside}{entry.name}/", above | {identity})
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 class BucketTree:

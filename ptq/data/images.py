@@ -21,7 +21,7 @@ _FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
 }
-# Everything Pillow's decoders raise on damaged bytes. A bomb is a file that would decode to gigapixels.
+# Everything Pillow's decoders raise on damaged bytes.
 _DECODING_ERRORS = (
     OSError,
     SyntaxError,
@@ -32,7 +32,6 @@ _DECODING_ERRORS = (
     OverflowError,
     MemoryError,
     struct.error,
-    Image.DecompressionBombError,
 )
 
 
@@ -59,6 +58,11 @@ def decode_image(data: bytes, *, preprocessing: PreprocessingConfig | Decoding, 
         raise ManifestError(
             f"Image {source} is not in a format that can be decoded: its {len(data):,} bytes begin with "
             f"{data[:4].hex(' ')}. Expected JPEG, PNG, BMP, TIFF, WebP, PPM or PGM; replace or remove the file."
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise ManifestError(
+            f"Image {source} ({len(data):,} bytes) has more pixels than is safe to decode: {error} Expected at most "
+            f"{2 * (Image.MAX_IMAGE_PIXELS or 0):,}; make it smaller, or remove it."
         ) from error
     except _DECODING_ERRORS as error:
         raise ManifestError(

@@ -1,5 +1,6 @@
 """Which images does a folder or a manifest list, of which class and split?"""
 
+import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -110,6 +111,7 @@ def _list_folder(tree: ImageTree, splits: Splits) -> Listing:
                 f"Split folder {tree}/{name} holds no class folders, so there are no images. Expected one folder per "
                 f"class, such as {name}/cat/1.jpg."
             )
+        _check_readable_names(tree, [f"{name}/{each}" for each in classes[name]])
     reference = TRAINING_SPLIT if classes.get(TRAINING_SPLIT) else splits.calibration
     class_names = tuple(classes[reference])
     found: dict[str, list] = {"path": [], "label": [], "split": []}
@@ -118,6 +120,7 @@ def _list_folder(tree: ImageTree, splits: Splits) -> Listing:
         for name in classes[split]:
             _check_class_known(name, class_names, split=split, reference=reference)
             files = sorted(f"{split}/{name}/{file}" for file in tree.files(f"{split}/{name}"))
+            _check_readable_names(tree, files)
             images = [file for file in files if file.lower().endswith(IMAGE_ENDINGS)]
             others = [file for file in files if not file.lower().endswith(IMAGE_ENDINGS)]
             if not images:
@@ -134,6 +137,17 @@ def _list_folder(tree: ImageTree, splits: Splits) -> Listing:
         warnings = (f"{len(ignored)} files that do not end like images were left out: {first_names(ignored)}.",)
     table = pl.DataFrame(found, schema={"path": pl.String, "label": pl.Int64, "split": pl.String})
     return Listing(table, tree, class_names, True, warnings)
+
+
+def _check_readable_names(tree: ImageTree, paths: Sequence[str]) -> None:
+    """Refuses names that are no UTF-8, which tables and reports could not hold."""
+    wrong = [path for path in paths if any("\udc80" <= character <= "\udcff" for character in path)]
+    if wrong:
+        shown = [path.encode("utf-8", "backslashreplace").decode() for path in wrong]
+        raise ManifestError(
+            f"{len(wrong)} names under {tree} are not in UTF-8, such as {first_names(shown)}. Expected names in UTF-8; "
+            "rename them, for example with `convmv -r -f latin1 -t utf8 --notest FOLDER`."
+        )
 
 
 def _list_manifest(file: Path, source: str, tree: ImageTree, splits: Splits) -> Listing:
@@ -177,10 +191,10 @@ def read_manifest(file: Path, source: str) -> pl.DataFrame:
     """The columns path, label and split as text, and the row counted from 1."""
     try:
         is_csv = source.lower().endswith(".csv")
-        rows = pl.read_csv(file, infer_schema=False) if is_csv else pl.read_parquet(file)
+        rows = pl.read_csv(_utf8(file), infer_schema=False) if is_csv else pl.read_parquet(file)
     except pl.exceptions.NoDataError:
         rows = pl.DataFrame()
-    except (pl.exceptions.PolarsError, OSError) as error:
+    except (pl.exceptions.PolarsError, OSError, UnicodeDecodeError) as error:
         raise ManifestError(
             f"Manifest {source} cannot be read: {str(error).splitlines()[0]}. Expected a table in UTF-8 CSV or in "
             f"Parquet with the columns {', '.join(MANIFEST_COLUMNS)}."
@@ -196,6 +210,13 @@ def read_manifest(file: Path, source: str) -> pl.DataFrame:
             f"Manifest {source} has no rows. Expected one row per image with the columns {', '.join(MANIFEST_COLUMNS)}."
         )
     return rows.select(pl.col(column).cast(pl.String) for column in MANIFEST_COLUMNS).with_row_index("row", offset=1)
+
+
+def _utf8(file: Path) -> Path | bytes:
+    """A CSV file; what it holds in UTF-8, where its first bytes say UTF-16, as spreadsheets write it."""
+    with file.open("rb") as opened:
+        begins = opened.read(2)
+    return file.read_bytes().decode("utf-16").encode() if begins in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else file
 
 
 def _check_manifest_paths(source: str, tree: ImageTree, paths: pl.Series) -> None:

@@ -194,6 +194,20 @@ def _fold_batchnorm_(module: fx.GraphModule) -> None:
     module.delete_all_unused_submodules()
 
 
+def require_statistics(model: nn.Module) -> None:
+    """Refuses BatchNorm without running statistics, which normalises each image by those that it is given with.
+
+    Raises:
+        ExportError: the network has one.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise ExportError(
+                f"The BatchNorm {name} keeps no running statistics, so that what the model says of an image depends on "
+                "the others of its batch. Expected track_running_stats=True; train so, or use GroupNorm."
+            )
+
+
 def check_runs(module: nn.Module, *, input_shape: tuple[int, int, int], num_classes: int) -> None:
     """Runs one zero image through `module`.
 

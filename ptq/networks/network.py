@@ -16,7 +16,7 @@ from torch import nn
 from ptq.files import file_sha256
 from ptq.networks.checkpoint import load_weights_
 from ptq.networks.factory import create_model
-from ptq.networks.folding import FoldedModel, fold_model
+from ptq.networks.folding import FoldedModel, fold_model, require_statistics
 from ptq.networks.outputs import take_logits_
 from ptq.networks.parametrizations import make_plain_, untie_
 from ptq.networks.reparameterization import reparameterized
@@ -54,6 +54,7 @@ def network_as_built(state: Mapping[str, torch.Tensor], kind: NetworkKind, *, so
 
     Raises:
         CheckpointError: the weights do not fit.
+        ExportError: what it computes of an image depends on the others of its batch.
         UsageError: there is no such network.
     """
     network = create_model(kind.name, num_classes=kind.num_classes, channels=kind.input_shape[0])
@@ -74,6 +75,7 @@ def _fits(network: nn.Module, state: Mapping[str, torch.Tensor]) -> bool:
 
 def _in_final_form(network: nn.Module, kind: NetworkKind) -> tuple[nn.Module, str]:
     """The network with plain weights of its layers' own, logits alone, and no training branches; and notes on these."""
+    require_statistics(network)
     untie_(network)
     make_plain_(network)
     taken = take_logits_(network, input_shape=kind.input_shape, num_classes=kind.num_classes)

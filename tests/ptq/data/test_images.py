@@ -157,6 +157,13 @@ def test_an_empty_file_is_refused():
         decode_image(b"", preprocessing=rgb(), source="a.png")
 
 
+def test_an_image_of_gigapixels_is_refused_for_its_size(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    data = file_from(Image.new("L", (20, 20)), "PNG")
+    with pytest.raises(ManifestError, match="more pixels than is safe to decode.*400 pixels.*at most 200"):
+        decode_image(data, preprocessing=grey(), source="a.png")
+
+
 def test_floating_point_pixels_are_refused():
     data = file_from(Image.fromarray(np.ones((16, 16), dtype=np.float32)), "TIFF")
     with pytest.raises(ManifestError, match="floating-point values, which have no defined white"):

@@ -1,5 +1,6 @@
 """Is every image found under the class that a person meant, and is everything else refused?"""
 
+import os
 import shutil
 
 import pytest
@@ -231,3 +232,46 @@ def test_one_file_with_two_labels_in_a_manifest_is_refused(folder):
     ]
     with pytest.raises(ManifestError, match=r"gives 1 files more than one label: train/cat/a\.png"):
         index(write_manifest(folder, rows))
+
+
+def test_links_that_lead_back_up_are_followed_once(folder):
+    for name in ("cat", "dog"):
+        (folder / "train" / name / "up").symlink_to("..")
+    found = index(folder)
+    assert max(path.count("up/") for path in found.table["path"]) == 1
+    assert any("under more than one label" in warning for warning in found.warnings)
+
+
+def test_a_folder_that_cannot_be_read_is_named(folder, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ManifestError, match=r"Folder .*train/dog/deep cannot be read: Permission denied"):
+        index(folder)
+
+
+@pytest.mark.parametrize("where", ["train/cat/caf\udce9.png", "train/caf\udce9/a.png"])
+def test_names_in_another_encoding_are_shown_and_refused(folder, where):
+    write_images(folder, {where: 70})
+    with pytest.raises(ManifestError, match=r"not in UTF-8, such as train/.*caf\\udce9.*rename them"):
+        index(folder)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_a_manifest_in_utf_16_is_read(folder, encoding):
+    rows = [("train/cat/a.png", "cat", "train"), ("train/dog/c.png", "dog", "train"), ("test/cat/g.png", "cat", "test")]
+    text = "path,label,split\n" + "".join(f"{','.join(row)}\n" for row in rows)
+    mark = "" if encoding == "utf-16" else "\ufeff"
+    (folder / "m.csv").write_bytes((mark + text).encode(encoding))
+    assert index(folder / "m.csv").table.height == 3
+
+
+def test_a_manifest_cut_in_utf_16_is_refused(folder):
+    (folder / "m.csv").write_bytes("path,label,split\n".encode("utf-16") + b"a")
+    with pytest.raises(ManifestError, match="cannot be read: .*UTF-8 CSV"):
+        index(folder / "m.csv")

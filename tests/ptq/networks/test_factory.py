@@ -22,7 +22,7 @@ from ptq.networks.checkpoint import (
     weights_for,
 )
 from ptq.networks.factory import create_model, factory_digest
-from ptq.networks.folding import check_runs, fold_model
+from ptq.networks.folding import check_runs, fold_model, require_statistics
 
 IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -34,6 +34,13 @@ def test_folding_leaves_no_batchnorm_and_the_same_logits():
     assert not [module for module in folded.module.modules() if isinstance(module, nn.BatchNorm2d)]
     # Folding multiplies weights instead of activations: the same up to float rounding.
     torch.testing.assert_close(folded.module(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-5)
+
+
+def test_batchnorm_without_statistics_is_refused():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False))
+    with pytest.raises(ExportError, match="The BatchNorm 1 keeps no running statistics"):
+        require_statistics(model)
+    require_statistics(small_resnet())
 
 
 def test_folding_does_not_change_the_model():
