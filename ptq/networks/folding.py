@@ -74,9 +74,24 @@ def _traced(model: nn.Module) -> fx.GraphModule:
     """A traced copy whose attention blocks call their projections, where they can."""
     windowed = (torchvision.models.swin_transformer.ShiftedWindowAttention,)
     try:
-        return fx.symbolic_trace(explicit_attention_(_detached_copy(model), windowed=windowed))
+        return traced_by_position(explicit_attention_(_detached_copy(model), windowed=windowed))
     except NotImplementedError:  # attention with a mask, or between two sequences
-        return fx.symbolic_trace(_detached_copy(model))
+        return traced_by_position(_detached_copy(model))
+
+
+def traced_by_position(model: nn.Module) -> fx.GraphModule:
+    """Returns a traced network in which modules that are called by keyword are called by position.
+
+    Raises:
+        Exception: whatever the network's own forward raises when it is traced.
+    """
+    module = fx.symbolic_trace(model)
+    for node in module.graph.nodes:
+        if node.op == "call_module" and node.kwargs:
+            signature = inspect.signature(module.get_submodule(str(node.target)).forward)
+            bound = signature.bind(*node.args, **node.kwargs)
+            node.args, node.kwargs = bound.args, bound.kwargs
+    return module
 
 
 def _is_same_function(model: nn.Module, folded: nn.Module, input_shape: tuple[int, int, int]) -> bool:

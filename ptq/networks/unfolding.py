@@ -5,10 +5,10 @@ network as it was built, so that every later stage loads them like any other.
 """
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from ptq.networks.attention import original_name
-from ptq.networks.folding import FoldedModel
+from ptq.networks.folding import FoldedModel, traced_by_position
 
 _BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
@@ -49,7 +49,7 @@ def _folded_batchnorms(original: nn.Module, folded: FoldedModel) -> dict[str, st
     remaining = {name for name, _ in folded.module.named_modules()}
     layers = {name for name, module in original.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
     found = {}
-    for node in fx.symbolic_trace(original).graph.nodes:
+    for node in traced_by_position(original).graph.nodes:
         if node.op != "call_module" or node.target in remaining:
             continue
         if isinstance(original.get_submodule(node.target), _BATCHNORMS):

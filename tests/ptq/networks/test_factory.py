@@ -23,6 +23,7 @@ from ptq.networks.checkpoint import (
 )
 from ptq.networks.factory import create_model, factory_digest
 from ptq.networks.folding import check_runs, fold_model, require_statistics
+from ptq.networks.unfolding import unfolded_state
 
 IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -34,6 +35,24 @@ def test_folding_leaves_no_batchnorm_and_the_same_logits():
     assert not [module for module in folded.module.modules() if isinstance(module, nn.BatchNorm2d)]
     # Folding multiplies weights instead of activations: the same up to float rounding.
     torch.testing.assert_close(folded.module(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-5)
+
+
+def test_modules_called_by_keyword_are_folded_too():
+    class ByKeyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.drop = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5)
+
+        def forward(self, x):
+            return self.drop(input=self.norm(input=self.conv(input=x))).mean((2, 3))
+
+    network = ByKeyword().eval()
+    nn.init.uniform_(network.norm.running_mean)
+    folded = fold_model(network, input_shape=(3, 16, 16))
+    assert [node.target for node in folded.module.graph.nodes if node.op == "call_module"] == ["conv"]
+    torch.testing.assert_close(folded.module(IMAGES), network(IMAGES), rtol=1e-4, atol=1e-5)
+    state = unfolded_state(network, folded, folded.module)
+    torch.testing.assert_close(state["norm.running_mean"], -folded.module.conv.bias)
 
 
 def test_batchnorm_without_statistics_is_refused():
