@@ -146,7 +146,7 @@ def in_its_process(name: str, side: int) -> dict[str, Any]:
 
 
 def transformers_networks(folder: Path) -> dict[str, int]:
-    """Eight classes of transformers in their default sizes, each as a folder with its config, and the side they read."""
+    """Eight classes of transformers in their default sizes: a folder with the config, and the side of their images."""
     import transformers
 
     found = {}
@@ -190,7 +190,7 @@ def main() -> None:
         path = options.results / f"zoo_coverage_{options.source}.json"
         rows: dict[str, dict[str, Any]] = json.loads(path.read_text())["found"]["networks"] if path.is_file() else {}
         asked, options.name = options.networks or [name for name in sides if shown(name) not in rows], options.source
-        options.networks, options.calibration_images, options.data, options.model = [], 0, "", ""
+        options.networks, options.one, options.calibration_images, options.data, options.model = [], [], 0, "", ""
         for name in asked:
             rows[shown(name)] = row = in_its_process(name, sides.get(name, 224))
             print(f"{shown(name):44} {sentence(row)}", flush=True)
