@@ -5,17 +5,15 @@ imported inside the commands, so that `ptq --help` answers at once.
 """
 
 import logging
-import os
 import sys
 from importlib import metadata
-from importlib.machinery import PathFinder
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from flows import cli_files, cli_service, cli_store
+from flows.cli_environment import prepare_environment
 from flows.cli_options import (
     ENGINE,
     QUANTIZE,
@@ -37,33 +35,11 @@ from ptq.extras import extra
 from ptq.records.verdict import Verdict
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-# Quiet: the embedded server neither phones home nor gives up while a busy machine starts it.
-_ENVIRONMENT = {
-    "DO_NOT_TRACK": "1",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-    "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
-}
-# Of the embedded server; the module tells what for.
-_EVENT_LOOP = "tasks.runtime.prefect_server:event_loop"
-
-
-def _environment() -> dict[str, str]:
-    """What the embedded server is started with.
-
-    A process started in this folder looks for modules here first, where `tasks` may be somebody else's; it would not
-    start.
-    """
-    package = _EVENT_LOOP.partition(".")[0]
-    here, ours = PathFinder.find_spec(package, [os.getcwd()]), find_spec(package)
-    is_ours = here is None or (ours is not None and here.origin == ours.origin)
-    return _ENVIRONMENT | ({"UVICORN_LOOP": _EVENT_LOOP} if is_ours else {})
 
 
 def main() -> None:
     """Runs the command; the project's own errors become one message and an exit code."""
-    for name, value in _environment().items():
-        os.environ.setdefault(name, value)
+    prepare_environment()
     # absl configures the root logger on its first record unless it has a handler, and then prints every log twice.
     logging.getLogger().addHandler(logging.NullHandler())
     try:

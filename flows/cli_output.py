@@ -6,6 +6,7 @@ accepted or done, 1 failed or checks failed, 2 wrong usage or config, 3 rejected
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,9 +15,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 
+from ptq.errors import ArtifactError
 from ptq.records.verdict import Verdict
 
 FAILED, WRONG_USAGE, REJECTED = 1, 2, 3
+# How Prefect's client begins what it says of a server that does not answer.
+_NO_SERVER = ("Failed to reach API", "Timed out while attempting to connect")
 
 
 class Terminal:
@@ -84,7 +88,17 @@ def run_flow(flow: Any, **arguments: Any) -> Any:
         for handler in logger.handlers:
             if isinstance(handler, PrefectConsoleHandler):
                 handler.setLevel(logging.CRITICAL + 1)
-    state = flow(**arguments, return_state=True)
+    try:
+        state = flow(**arguments, return_state=True)
+    except RuntimeError as error:
+        if not str(error).startswith(_NO_SERVER):
+            raise
+        url = os.environ.get("PREFECT_API_URL", "")
+        what = f"at {url}, which PREFECT_API_URL names," if url else "that this command starts for itself"
+        raise ArtifactError(
+            f"The Prefect server {what} does not answer: {str(error).splitlines()[0]} Expected one that runs; start "
+            "it, or unset PREFECT_API_URL to have one for this command alone."
+        ) from error
     return state.result(raise_on_failure=True)
 
 

@@ -207,7 +207,7 @@ class QuantizationConfig(_Section):
     )
     first_layer: bool = Field(True, description="Quantize the first convolution.")
     last_layer: bool = Field(True, description="Quantize the last linear layer.")
-    skip_layers: tuple[str, ...] = Field((), description="Layers left in float, by module name.")
+    skip_layers: tuple[str, ...] = Field((), description="Layers, or modules with layers in them, left in float.")
     weight_method: WeightMethod = Field(
         "max",
         description="How the amax of each output channel's weights is chosen: largest |w|, or least squared error.",

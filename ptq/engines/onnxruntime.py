@@ -33,6 +33,7 @@ from ptq.engines.isa import playable_isas, processor_name
 from ptq.errors import EngineBuildError
 from ptq.records.graph import EngineIdentity, LayerReport
 
+onnxruntime.disable_telemetry_events()  # nothing phones home
 _PROVIDER = "CPUExecutionProvider"
 _PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
 # Severities are 0 (verbose) to 4 (fatal). Warnings about graphs that are meant to be so say nothing here.

@@ -46,8 +46,13 @@ def prepare_model(
     Raises:
         CheckpointError: the file cannot be read or does not fit.
         ExportError: the model cannot run or be exported.
-        UsageError: there is no such network or layer.
+        UsageError: there is no such network or layer, or the data has one class.
     """
+    if has_named_classes and class_count < 2:
+        raise UsageError(
+            "The data has one class, of which nothing can be told apart. Expected at least two classes; add images of "
+            "another."
+        )
     prepare: partial[PreparedModel] = partial(
         prepare_onnx_model,
         class_count=class_count,

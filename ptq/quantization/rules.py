@@ -45,7 +45,7 @@ def place_quantizers(
         commuting_pools: put a quantizer before a max pool or a permutation of axes rather than behind it.
         first_layer: quantize the first weighted layer.
         last_layer: quantize the last weighted layer.
-        skip_layers: layers left in float.
+        skip_layers: layers left in float, or modules all of whose layers are.
         whole_operators: add the quantizers of the onnxruntime dialect, whose operators compute in INT8 where all that
             they read and write is quantized.
 
@@ -80,13 +80,15 @@ def place_quantizers(
 
 
 def _skipped(names: list[str], *, first_layer: bool, last_layer: bool, skip_layers: Collection[str]) -> Collection[str]:
-    unknown = [name for name in skip_layers if name not in names]
+    within = {name: [each for each in names if each == name or each.startswith(f"{name}.")] for name in skip_layers}
+    unknown = [name for name, found in within.items() if not found]
     if unknown:
         raise UsageError(
             f"quantization.skip_layers names {', '.join(unknown)}; the model has no such layer. Its layers are "
             f"{', '.join(names[:6])}, ... ({len(names)} in all)."
         )
-    return {*skip_layers, *([] if first_layer else names[:1]), *([] if last_layer else names[-1:])}
+    skipped = {each for found in within.values() for each in found}
+    return {*skipped, *([] if first_layer else names[:1]), *([] if last_layer else names[-1:])}
 
 
 def _layer_inputs(view: GraphView, quantized: Collection[str]) -> tuple[LayerInput, ...]:

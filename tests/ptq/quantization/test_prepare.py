@@ -212,6 +212,19 @@ def test_what_neither_way_can_do_is_told_as_the_network_tells_it(tmp_path):
         prepared(tmp_path, "SmallResNet", skip_layers=("nothing",))
 
 
+def test_one_class_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"one class .* at least two classes"):
+        prepare_model(
+            name="resnet18", checkpoint=tmp_path / "w.pth", is_onnx=False, class_count=1, has_named_classes=True,
+            input_shape=SHAPE, quantization=QuantizationConfig(), directory=tmp_path,
+        )  # fmt: skip
+
+
+def test_a_module_may_be_named_for_the_layers_in_it(tmp_path):
+    found = prepared(tmp_path, "SmallResNet", skip_layers=("block1",))
+    assert found.plan.chosen_float_layers == ("block1.conv1", "block1.conv2")
+
+
 def test_an_export_that_holds_one_branch_of_a_decision_is_refused(tmp_path):
     from ptq.networks.export import export_onnx
 

@@ -10,7 +10,7 @@ import pytest
 from s3_servers import free_port
 
 from deployments.supervisor import Service, Supervisor
-from flows import cli
+from flows import cli_environment
 
 ROOT = Path(__file__).parents[3]
 LOOP = "tasks.runtime.prefect_server:event_loop"
@@ -95,11 +95,11 @@ def test_prefect_s_server_for_one_process_is_given_that_variable():
 
 def test_the_command_line_gives_the_variable_where_a_server_would_find_the_module(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert cli._environment()["UVICORN_LOOP"] == LOOP
+    assert cli_environment.settings()["UVICORN_LOOP"] == LOOP
     monkeypatch.chdir(tmp_path)
-    assert cli._environment()["UVICORN_LOOP"] == LOOP
+    assert cli_environment.settings()["UVICORN_LOOP"] == LOOP
     (tmp_path / "tasks.py").write_text("raise SystemExit('a module of somebody else')")
-    assert "UVICORN_LOOP" not in cli._environment()
+    assert "UVICORN_LOOP" not in cli_environment.settings()
 
 
 @pytest.mark.slow
