@@ -213,7 +213,7 @@ def test_what_neither_way_can_do_is_told_as_the_network_tells_it(tmp_path):
 
 
 def test_one_class_is_refused(tmp_path):
-    with pytest.raises(UsageError, match=r"one class .* at least two classes"):
+    with pytest.raises(UsageError, match=r"one class, .* at least two classes"):
         prepare_model(
             name="resnet18", checkpoint=tmp_path / "w.pth", is_onnx=False, class_count=1, has_named_classes=True,
             input_shape=SHAPE, quantization=QuantizationConfig(), directory=tmp_path,
