@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 READS_AT_ONCE = 16
 # What was read is noted after so many objects, so that a run that is killed need not read them again.
 _NOTED_EVERY = 500
-CHECKPOINT_ENDINGS = (".pth", ".pt", ".safetensors", ".onnx")
+CHECKPOINT_ENDINGS = (".pth", ".pt", ".ckpt", ".bin", ".pth.tar", ".safetensors", ".onnx")
 
 
 def checkpoint_file(path: str, store: Store | None = None) -> contextlib.AbstractContextManager[Path]:
@@ -239,11 +239,21 @@ def _state(found: "RemoteObject") -> str:
     return f"{found.size_bytes} {found.state} {found.uri}"
 
 
+def checkpoint_ending(path: str) -> str:
+    """Returns which of the endings of checkpoints a path has, empty where it has none.
+
+    >>> checkpoint_ending("in/a.PTH"), checkpoint_ending("in/model_best.pth.tar"), checkpoint_ending("in/a.tar")
+    ('.pth', '.pth.tar', '')
+    """
+    return next((ending for ending in CHECKPOINT_ENDINGS if PurePosixPath(path).name.lower().endswith(ending)), "")
+
+
 def _ending(uri: str) -> str:
-    ending = PurePosixPath(uri).suffix.lower()
-    if ending not in CHECKPOINT_ENDINGS:
+    ending = checkpoint_ending(uri)
+    if not ending:
         raise CheckpointError(
-            f'Checkpoint {uri} ends in "{ending[:20]}". Expected one of {", ".join(CHECKPOINT_ENDINGS)}.'
+            f'Checkpoint {uri} ends in "{PurePosixPath(uri).suffix[:20]}". Expected one of '
+            f"{', '.join(CHECKPOINT_ENDINGS)}."
         )
     return ending
 

@@ -36,10 +36,13 @@ from ptq.networks.unfolding import unfolded_state
 from ptq.quantization.equalize import layer_factors
 from ptq.quantization.prepared import PreparedModel, output_note
 from ptq.quantization.rules import place_quantizers
-from ptq.quantization.same_function import require_same_export
+from ptq.quantization.same_function import logits_of_file, random_images, require_same_export
 from ptq.quantization.torch_view import scale_layers_, view_of
 from ptq.records.base import to_jsonable
 from ptq.records.plan import PlacementPlan
+
+# What rounding to FP16 changes of logits, at most, as a share of the largest of them.
+_FP16_TOLERANCE = 0.05
 
 
 def prepare_torch_model(
@@ -250,6 +253,28 @@ def write_float_model(
     kind = NetworkKind(name, num_classes, input_shape)
     folded = network_from_state(state, kind, source=str(checkpoint)).folded
     check_runs(folded.module, input_shape=input_shape, num_classes=num_classes)
+    with torch.inference_mode():
+        expected = folded.module(torch.from_numpy(random_images(input_shape))).numpy().copy()
     model = HalfPrecision(folded.module) if precision == "fp16" else folded.module
     metadata = {"checkpoint_sha256": checkpoint_digest(checkpoint), "precision": precision}
     export_onnx(model, path, input_shape=input_shape, batch_size=batch_size, metadata=metadata)
+    if precision == "fp16":
+        _require_fp16(path, expected, input_shape=input_shape, batch_size=batch_size)
+
+
+def _require_fp16(
+    path: Path, expected: np.ndarray, *, input_shape: tuple[int, int, int], batch_size: int | None
+) -> None:
+    """Removes an FP16 file that does not give what the network gives, with the reason."""
+    found = logits_of_file(path, random_images(input_shape), batch_size)
+    if not np.isfinite(found).all():
+        problem = "gives NaN or infinity: weights or activations are beyond 65504, FP16's largest number"
+    elif np.abs(found - expected).max() > _FP16_TOLERANCE * max(float(np.abs(expected).max()), 1e-6):
+        problem = f"gives logits that differ by {np.abs(found - expected).max():.3g} from FP32's"
+    else:
+        return
+    path.unlink()
+    raise ExportError(
+        f"The FP16 graph {path.name} {problem}, on random images, so it was not kept. Expected a network that FP16 can "
+        "hold. Export it with --precision fp32, or scale its layers."
+    )

@@ -55,11 +55,11 @@ def require_same_function(template: Path, fp32: Path, *, input_shape: tuple[int,
     Raises:
         ExportError: they give different logits.
     """
-    images = _random_images(input_shape)
+    images = random_images(input_shape)
     with tempfile.TemporaryDirectory() as directory:
         bare = Path(directory) / "bare.onnx"
         bare.write_bytes(without_quantizers(onnx.load(template)).SerializeToString())
-        found, expected = _logits(bare, images), _logits(fp32, images)
+        found, expected = logits_of_file(bare, images), logits_of_file(fp32, images)
     difference = _difference(found, expected)
     if difference:
         raise ExportError(
@@ -85,7 +85,7 @@ def require_same_export(
     Raises:
         ExportError: they give different logits, or the export cannot run.
     """
-    images = _random_images(input_shape)
+    images = random_images(input_shape)
     try:
         with torch.no_grad():
             expected, again = (network(torch.from_numpy(images)) for _ in range(2))
@@ -94,7 +94,7 @@ def require_same_export(
     if not isinstance(expected, torch.Tensor) or not torch.equal(expected, again):
         return
     try:
-        found = _logits(path, images, batch_size)
+        found = logits_of_file(path, images, batch_size)
     except Exception as error:  # ONNX Runtime's own exceptions share no base class
         raise ExportError(
             f"The ONNX export of {type(network).__name__} cannot run {_IMAGES} images: {first_line(error)}. Expected a "
@@ -109,11 +109,13 @@ def require_same_export(
         )
 
 
-def _random_images(input_shape: tuple[int, int, int]) -> np.ndarray:
+def random_images(input_shape: tuple[int, int, int]) -> np.ndarray:
+    """Returns the same few images every time, float32 (n, c, h, w) in -1 to 1."""
     return np.random.default_rng(0).uniform(-1, 1, (_IMAGES, *input_shape)).astype(np.float32)
 
 
-def _logits(graph: Path, images: np.ndarray, batch_size: int | None = None) -> np.ndarray:
+def logits_of_file(graph: Path, images: np.ndarray, batch_size: int | None = None) -> np.ndarray:
+    """Returns what a float graph gives for images, (n, classes); `batch_size` where its batch is not free."""
     size = batch_size or len(images)
     batches = [images[start : start + size] for start in range(0, len(images), size)]
     found = open_reference(threads=1).logits(graph, batches, precision="fp32", batch_size=size, float_remainder="fp32")

@@ -10,10 +10,10 @@ import stat
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from ptq.data.remote_inputs import Inputs
+from ptq.data.remote_inputs import Inputs, checkpoint_ending
 from ptq.errors import ArtifactError
 from ptq.files import file_sha256
 from ptq.storage.store import Store
@@ -21,6 +21,8 @@ from ptq.uris import is_remote
 
 logger = logging.getLogger(__name__)
 
+# What torch.save writes, whatever a trainer calls it.
+_ZIP_ENDINGS = (".pth", ".pt", ".ckpt", ".bin", ".pth.tar")
 _ZIP = b"PK\x03\x04"
 # The largest header that the safetensors library reads, too.
 _HEADER_BYTES = 100_000_000
@@ -69,12 +71,12 @@ def is_whole(path: Path, *, ending: str) -> bool:
 
     Args:
         path: the file.
-        ending: its ending, such as ".pth"; the name of a copy may have none.
+        ending: its ending as `checkpoint_ending` gives it; the name of a copy may have none.
     """
     with path.open("rb") as stream:
-        if ending.lower() == ".safetensors":
+        if ending == ".safetensors":
             return _has_all_tensors(stream)
-        if ending.lower() in (".pth", ".pt"):
+        if ending in _ZIP_ENDINGS:
             return _has_zip_end(stream)
     return True
 
@@ -156,7 +158,7 @@ class _Folder:
     def read(self, found: Found) -> Reading | None:
         path = Path(found.uri)
         try:
-            reading = Reading(file_sha256(path), is_whole(path, ending=path.suffix))
+            reading = Reading(file_sha256(path), is_whole(path, ending=checkpoint_ending(path.name)))
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -182,7 +184,7 @@ class _Bucket:
         return None if found is None else Found(uri, found.size_bytes, f"{found.size_bytes} {found.state}")
 
     def read(self, found: Found) -> Reading | None:
-        ending = PurePosixPath(found.uri).suffix
+        ending = checkpoint_ending(found.uri)
         try:
             sha256, path = self._inputs.file(found.uri)
             return Reading(sha256, is_whole(path or self._inputs.local_path(found.uri), ending=ending))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from ptq.data.remote_inputs import CHECKPOINT_ENDINGS
+from ptq.data.remote_inputs import checkpoint_ending
 from ptq.errors import ArtifactError, UsageError
 from ptq.records.base import digest
 from ptq.service.checkpoint_locations import Found, place_of
@@ -76,9 +76,10 @@ def model_of(uri: str, prefix: str) -> str:
     path = PurePosixPath(uri.removeprefix(f"{prefix}/"))
     suffixes = [suffix.lower() for suffix in path.suffixes]
     is_hidden = any(part.startswith((".", "~")) for part in path.parts)
-    if not suffixes or suffixes[-1] not in CHECKPOINT_ENDINGS or is_hidden or set(suffixes) & set(_UNFINISHED):
+    ending = checkpoint_ending(path.name)
+    if not ending or is_hidden or set(suffixes) & set(_UNFINISHED):
         return ""
-    return path.parts[0] if len(path.parts) > 1 else path.stem
+    return path.parts[0] if len(path.parts) > 1 else path.name[: -len(ending)]
 
 
 class CheckpointWatch:

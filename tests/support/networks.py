@@ -228,3 +228,15 @@ def _torchvision():
     import ptq.networks.factory  # noqa: F401  (a build of torch without CUDA needs its schemas first)
 
     return torchvision.models
+
+
+class TwoConvolutions(nn.Module):
+    """Two convolutions with a ReLU between them, through which a factor can be moved, and a linear layer."""
+
+    def __init__(self, num_classes=4):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+        self.fc = nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        return self.fc(torch.relu(self.second(torch.relu(self.first(x)))).mean((2, 3)))

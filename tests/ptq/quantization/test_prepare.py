@@ -15,7 +15,7 @@ from ptq.graph.coverage import describe, require_coverage
 from ptq.networks.network import NetworkKind, network_as_built, network_from_weights
 from ptq.networks.unfolding import unfolded_state
 from ptq.quantization.prepare import prepare_model
-from ptq.quantization.prepare_torch import write_template
+from ptq.quantization.prepare_torch import write_float_model, write_template
 from ptq.quantization.same_function import require_same_export, require_same_function, without_quantizers
 
 SHAPE = (3, 12, 12)
@@ -274,3 +274,21 @@ def test_a_template_without_its_quantizers_is_the_network_and_one_that_is_not_is
     onnx.save(model, template)
     with pytest.raises(ExportError, match="not the network that was given: without its quantizers its logits differ"):
         require_same_function(template, found.files["fp32_onnx"], input_shape=SHAPE)
+
+
+@pytest.mark.parametrize(("factor", "why"), [(1e7, "NaN or infinity"), (1e-7, "FP16"), (1.0, "")])
+def test_an_fp16_graph_that_fp16_cannot_hold_is_not_kept(tmp_path, factor, why):
+    network = networks.TwoConvolutions()
+    with torch.no_grad():
+        network.first.weight *= factor
+        network.first.bias *= factor
+        network.second.weight /= factor
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    options = {"checkpoint": tmp_path / "w.pth", "input_shape": SHAPE, "batch_size": 1}
+    write_float_model(tmp_path / "fp32.onnx", name="networks:TwoConvolutions", precision="fp32", **options)
+    if not why:
+        write_float_model(tmp_path / "fp16.onnx", name="networks:TwoConvolutions", precision="fp16", **options)
+    else:
+        with pytest.raises(ExportError, match=f"{why}.*not kept"):
+            write_float_model(tmp_path / "fp16.onnx", name="networks:TwoConvolutions", precision="fp16", **options)
+    assert (tmp_path / "fp16.onnx").exists() == (not why)

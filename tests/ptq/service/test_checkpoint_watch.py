@@ -98,7 +98,7 @@ def test_a_prefix_of_another_kind_is_refused(prefix):
         watched_prefix(prefix)
 
 
-@pytest.mark.parametrize("ending", [".pth", ".pt", ".safetensors"])
+@pytest.mark.parametrize("ending", [".pth", ".ckpt", ".safetensors"])
 def test_a_checkpoint_that_lost_its_end_is_not_whole_wherever_it_was_cut(tmp_path, ending):
     path = saved(tmp_path / f"a{ending}")
     assert is_whole(path, ending=ending)
