@@ -241,16 +241,20 @@ def load_weights_(model: nn.Module, state: Mapping[str, torch.Tensor], *, name: 
             f"Checkpoint {source} does not fit {name}: it {', '.join(parts)}. Expected the weights of {name} with "
             f"this data's classes and channels. Check --model, --channels and the number of class folders."
         )
-    complete = OrderedDict({**{key: expected[key] for key in optional}, **state})
-    # Some modules ask for the version of their weights.
-    complete._metadata = getattr(expected, "_metadata", {})  # type: ignore[attr-defined]
-    model.load_state_dict(complete, strict=True)
+    put_weights_(model, {**{key: expected[key] for key in optional}, **state})
     bad = [key for key, value in state.items() if value.is_floating_point() and not torch.isfinite(value).all()]
     if bad:
         raise CheckpointError(
             f"Checkpoint {source} holds NaN or infinity in {len(bad)} tensors ({', '.join(bad[:3])}). Expected finite "
             "weights. The training run that wrote it has probably diverged."
         )
+
+
+def put_weights_(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Loads weights that fit, as those of the model's own version, which some modules ask for."""
+    complete = OrderedDict(state)
+    complete._metadata = getattr(model.state_dict(), "_metadata", {})  # type: ignore[attr-defined]
+    model.load_state_dict(complete, strict=True)
 
 
 def checkpoint_digest(checkpoint: Path) -> str:

@@ -11,14 +11,18 @@ _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
 _LAYER_FUNCTIONS = {torch.conv2d, nn.functional.conv2d, nn.functional.linear, torch.matmul, torch.mm}
 
 
-def fold_constant_layers_(module: fx.GraphModule) -> None:
+def fold_constant_layers_(module: fx.GraphModule) -> tuple[str, ...]:
     """Replaces what layers compute from parameters and buffers alone by its value, and what nobody reads by nothing.
 
     Constants without a layer in them stay as they are.
 
     Args:
         module: a traced network in `eval()`, without operations in place.
+
+    Returns:
+        the names of the layers that are gone.
     """
+    before = _layer_names(module)
     module.graph.eliminate_dead_code()
     constant: set[fx.Node] = set()
     with_layer: set[fx.Node] = set()
@@ -31,9 +35,7 @@ def fold_constant_layers_(module: fx.GraphModule) -> None:
     ends = [
         node for node in module.graph.nodes if node in with_layer and any(user not in constant for user in node.users)
     ]
-    if not ends:
-        return
-    values = _computed(module, constant)
+    values = _computed(module, constant) if ends else {}
     for node in ends:
         value = values[node]
         if not isinstance(value, torch.Tensor):
@@ -44,6 +46,11 @@ def fold_constant_layers_(module: fx.GraphModule) -> None:
             node.replace_all_uses_with(module.graph.get_attr(name), propagate_meta=False)
     module.graph.eliminate_dead_code()
     module.delete_all_unused_submodules()
+    return tuple(name for name in before if name not in set(_layer_names(module)))
+
+
+def _layer_names(module: fx.GraphModule) -> list[str]:
+    return [name for name, part in module.named_modules() if isinstance(part, _LAYERS)]
 
 
 def _is_constant(node: fx.Node, constant: set[fx.Node]) -> bool:

@@ -27,11 +27,15 @@ _IN_PLACE_NAME = re.compile(r"[a-z]\w*[a-z0-9]_")
 
 @dataclass(frozen=True, slots=True)
 class FoldedModel:
-    """A network ready for placement. `traced` is False where `torch.fx` cannot follow it: `module` is then as built."""
+    """A network ready for placement. `traced` is False where `torch.fx` cannot follow it: `module` is then as built.
+
+    `constant_layers` are gone, since they compute the same for every image.
+    """
 
     module: nn.Module
     traced: bool
     warning: str
+    constant_layers: tuple[str, ...] = ()
 
 
 def fold_model(model: nn.Module, *, input_shape: tuple[int, int, int] | None = None) -> FoldedModel:
@@ -54,7 +58,7 @@ def fold_model(model: nn.Module, *, input_shape: tuple[int, int, int] | None = N
             "convolutions and linear layers are quantized: residual adds and pools stay in float, which costs speed.",
         )
     _make_functional_(graph_module)
-    fold_constant_layers_(graph_module)
+    constant_layers = fold_constant_layers_(graph_module)
     _remove_inference_identities_(graph_module)
     _fold_batchnorm_(graph_module)
     graph_module.graph.lint()
@@ -67,7 +71,7 @@ def fold_model(model: nn.Module, *, input_shape: tuple[int, int, int] | None = N
             warning=f"{type(model).__name__} computes something else once its in-place operations are "
             "replaced. Only its convolutions and linear layers are quantized: residual adds and pools stay in float.",
         )
-    return FoldedModel(module=graph_module, traced=True, warning="")
+    return FoldedModel(module=graph_module, traced=True, warning="", constant_layers=constant_layers)
 
 
 def _traced(model: nn.Module) -> fx.GraphModule:

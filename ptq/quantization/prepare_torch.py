@@ -19,7 +19,7 @@ from ptq.config import QuantizationConfig, WeightMethod
 from ptq.dialect import observed_names
 from ptq.errors import CheckpointError, ExportError
 from ptq.graph.coverage import measure_coverage
-from ptq.networks.checkpoint import checkpoint_digest, head_size, weights_for
+from ptq.networks.checkpoint import checkpoint_digest, head_size, put_weights_, weights_for
 from ptq.networks.export import HalfPrecision, export_onnx, export_qdq_template
 from ptq.networks.fake_quant import fake_quant_from_folded, weight_amax
 from ptq.networks.folding import check_runs
@@ -85,9 +85,12 @@ def prepare_torch_model(
     network = network_from_state(state, kind, source=str(checkpoint))
     folded = network.folded
     check_runs(folded.module, input_shape=input_shape, num_classes=num_classes)
+    known = quantization.model_dump(exclude={"dialects", "bias_correction", "weight_method", "equalization"})
+    # A layer that sees no image is gone, and so in float already.
+    known["skip_layers"] = tuple(name for name in quantization.skip_layers if name not in folded.constant_layers)
     plan = place_quantizers(
         view_of(folded.module, traced=folded.traced),
-        **quantization.model_dump(exclude={"dialects", "bias_correction", "weight_method", "equalization"}),
+        **known,
         whole_operators=whole_operators,
     )
     files = {
@@ -104,13 +107,16 @@ def prepare_torch_model(
     export_onnx(folded.module, files["fp32_onnx"], input_shape=input_shape, metadata={"checkpoint_sha256": sha256})
     require_same_export(network.original, files["fp32_onnx"], input_shape=input_shape)
     _write_observed(folded.module, plan, files["observed_onnx"], input_shape=input_shape)
+    coverage = measure_coverage(files["fp32_onnx"], plan)
+    # What is no module is known from the graph alone.
+    others = [layer.name for layer in coverage.in_float if layer.name not in plan.float_layers]
+    plan = dataclasses.replace(plan, float_layers=(*plan.float_layers, *others))
     files["plan"].write_text(json.dumps(to_jsonable(plan), indent=1))
     notes = tuple(
         note
         for note in (*read.notes, network.note, output_note(files["fp32_onnx"]), folded.warning, *plan.warnings)
         if note
     )
-    coverage = measure_coverage(files["fp32_onnx"], plan)
     return PreparedModel(sha256, files, num_classes, plan, notes, coverage, source="torch")
 
 
@@ -186,7 +192,7 @@ def equalize_model(
     files = {"weights": directory / "weights_equalized.safetensors", "observed_onnx": directory / "observed.onnx"}
     safetensors.torch.save_file({key: value.contiguous() for key, value in sorted(state.items())}, files["weights"])
     original = copy.deepcopy(network.original)
-    original.load_state_dict(state)
+    put_weights_(original, state)
     keep_network(files["weights"], kind, Network(original, folded))
     _write_observed(folded.module, plan, files["observed_onnx"], input_shape=input_shape)
     return files, changed

@@ -42,11 +42,15 @@ class Grid(nn.Module):
         return self.fc(features)
 
 
-@pytest.mark.parametrize(("network", "left"), [(PositionBias, {"stem", "qkv", "fc"}), (Grid, {"conv", "fc"})])
-def test_what_does_not_depend_on_the_image_is_a_constant(network, left):
+@pytest.mark.parametrize(
+    ("network", "left", "gone"),
+    [(PositionBias, {"stem", "qkv", "fc"}, {"bias.0", "bias.2"}), (Grid, {"conv", "fc"}, {"grid_conv", "aux"})],
+)
+def test_what_does_not_depend_on_the_image_is_a_constant(network, left, gone):
     network = network().eval()
     folded = fold_model(network, input_shape=SHAPE)
     assert folded.traced
+    assert set(folded.constant_layers) == gone
     assert {name for name, part in folded.module.named_modules() if isinstance(part, nn.Conv2d | nn.Linear)} == left
     images = torch.rand(2, *SHAPE)
     torch.testing.assert_close(folded.module(images), network(images), rtol=1e-5, atol=1e-6)
