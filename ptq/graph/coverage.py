@@ -20,12 +20,18 @@ from ptq.wording import first_names
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """A convolution or linear operation on a weight; `macs` are multiply-accumulates for one image."""
+    """A convolution or linear operation on a weight; `macs` are multiply-accumulates for one image.
+
+    `why` tells what keeps it from being quantized, where it is of a kind that never is.
+    """
 
     name: str
     operator: str
     macs: int
-    is_stored: bool
+    why: str
+
+
+_RECURRENT = dict.fromkeys(("LSTM", "GRU", "RNN"), "recurrent layers are not quantized")
 
 
 def measure_coverage(fp32: Path, plan: PlacementPlan) -> Coverage:
@@ -52,6 +58,11 @@ def measure_coverage(fp32: Path, plan: PlacementPlan) -> Coverage:
         batchnorms=sum(node.op_type == "BatchNormalization" for node in model.graph.node),
         in_float=tuple(in_float),
     )
+
+
+def layer_names(fp32: Path) -> tuple[str, ...]:
+    """Returns the names of the layers of an FP32 graph, as `measure_coverage` counts them."""
+    return tuple(layer.name for layer in _layers(_for_one_image(onnx.load(fp32))))
 
 
 def describe(coverage: Coverage) -> str:
@@ -89,9 +100,7 @@ def require_coverage(coverage: Coverage, least_percent: float) -> None:
 def _reason(layer: _Layer, chosen: Collection[str]) -> str:
     if layer.name in chosen:
         return "left in float by choice"
-    if not layer.is_stored:
-        return "its weight is computed from other parameters"
-    return "no module or node of a kind that gets quantizers"
+    return layer.why or "no module or node of a kind that gets quantizers"
 
 
 def _for_one_image(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -110,21 +119,31 @@ def _layers(model: onnx.ModelProto) -> list[_Layer]:
     graph = model.graph
     writers = {name: node for node in graph.node for name in node.output}
     stored = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-    shapes = {value.name: _shape(value) for value in (*graph.input, *graph.value_info, *graph.output)}
+    shapes = {value.name: _shape(value) for value in (*graph.input, *graph.value_info, *graph.output)} | stored
     constants = _constants(graph, stored)
     found = []
     for node in graph.node:
+        if node.op_type in _RECURRENT:
+            macs = _recurrent_macs(node, shapes)
+            found.append(_Layer(scope_of(node.name) or node.name, node.op_type, macs, _RECURRENT[node.op_type]))
+            continue
         if node.op_type not in CONVOLUTIONS | LINEAR:
             continue
         weight = next((name for name in reversed(node.input[:2]) if name in constants), "")
         data = next((name for name in node.input[:2] if name != weight), "")
+        if not weight and node.op_type in CONVOLUTIONS:
+            macs = _macs(node, prod(shapes.get(node.input[1]) or (1,)), shapes.get(node.output[0]), shapes.get(data))
+            name = scope_of(node.name) or node.name
+            found.append(_Layer(name, node.op_type, macs, "its weight depends on the image"))
+            continue
         if not weight or data in constants:
             continue
         parameter = _parameter(weight, writers, stored)
         name = module_of(parameter) or scope_of(node.name) or node.name or node.output[0]
         size = _size(weight, writers, stored)
         macs = _macs(node, size, shapes.get(node.output[0]), shapes.get(data))
-        found.append(_Layer(name, node.op_type, macs, is_stored=bool(parameter)))
+        why = "" if parameter else "its weight is computed from other parameters"
+        found.append(_Layer(name, node.op_type, macs, why))
     return found
 
 
@@ -166,6 +185,12 @@ def _size(weight: str, writers: Mapping[str, onnx.NodeProto], stored: Mapping[st
         elif name in writers:
             pending += writers[name].input
     return largest
+
+
+def _recurrent_macs(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...] | None]) -> int:
+    """Multiply-accumulates of a recurrent layer: of its two weights (directions, gates, n), in every step."""
+    steps = (shapes.get(node.input[0]) or (1,))[0]
+    return steps * sum(prod(shapes.get(name) or (1,)) for name in node.input[1:3])
 
 
 def _macs(node: onnx.NodeProto, size: int, output: tuple[int, ...] | None, data: tuple[int, ...] | None) -> int:

@@ -53,7 +53,7 @@ def export_onnx(
     example = torch.zeros(batch_size or 1, *input_shape)
     try:
         # nn.MultiheadAttention's fast path is one fused operator that ONNX does not have.
-        with warnings.catch_warnings(), torch.inference_mode(), _without_attention_fast_path():
+        with warnings.catch_warnings(), torch.inference_mode(), _without_attention_fast_path(), _without_log():
             warnings.simplefilter("ignore")  # the TorchScript exporter announces its own deprecation
             torch.onnx.export(
                 model,
@@ -87,6 +87,17 @@ def _without_attention_fast_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def _without_log() -> Iterator[None]:
+    """Keeps the exporter from printing the whole graph where it lacks an operator; what it raises names that."""
+    log = torch._C._jit_onnx_log
+    torch._C._jit_onnx_log = lambda *_: None
+    try:
+        yield
+    finally:
+        torch._C._jit_onnx_log = log
 
 
 def _inline_constants_(graph: gs.Graph) -> None:

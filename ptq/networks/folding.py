@@ -15,6 +15,7 @@ from ptq.errors import ExportError
 from ptq.networks.attention import explicit_attention_
 from ptq.networks.constants import fold_constant_layers_
 from ptq.networks.factory import torchvision
+from ptq.networks.padding import pad_before_
 from ptq.wording import first_line
 
 _IN_PLACE: dict[object, Callable[..., object]] = {
@@ -58,6 +59,7 @@ def fold_model(model: nn.Module, *, input_shape: tuple[int, int, int] | None = N
             "convolutions and linear layers are quantized: residual adds and pools stay in float, which costs speed.",
         )
     _make_functional_(graph_module)
+    pad_before_(graph_module)
     constant_layers = fold_constant_layers_(graph_module)
     _remove_inference_identities_(graph_module)
     _fold_batchnorm_(graph_module)

@@ -18,6 +18,7 @@ from ptq.networks.checkpoint import load_weights_
 from ptq.networks.factory import create_model
 from ptq.networks.folding import FoldedModel, fold_model, require_statistics
 from ptq.networks.outputs import take_logits_
+from ptq.networks.padding import number_padding_
 from ptq.networks.parametrizations import make_plain_, untie_
 from ptq.networks.reparameterization import reparameterized
 
@@ -78,6 +79,7 @@ def _in_final_form(network: nn.Module, kind: NetworkKind) -> tuple[nn.Module, st
     require_statistics(network)
     untie_(network)
     make_plain_(network)
+    number_padding_(network)
     taken = take_logits_(network, input_shape=kind.input_shape, num_classes=kind.num_classes)
     network, left = reparameterized(network, input_shape=kind.input_shape)
     return network, " ".join(note for note in (taken, left) if note)

@@ -23,8 +23,8 @@ from ptq.graph.insertion import write_observed
 from ptq.graph.source import OnnxSource, read_source, source_digest
 from ptq.quantization.equalize import layer_factors
 from ptq.quantization.onnx_view import scale_layers_, view_of
+from ptq.quantization.placement import plan_of_graph
 from ptq.quantization.prepared import PreparedModel, output_note
-from ptq.quantization.rules import place_quantizers
 from ptq.records.base import to_jsonable
 from ptq.records.plan import PlacementPlan
 
@@ -79,11 +79,8 @@ def prepare_onnx_model(
     digest = checkpoint_sha256 or source_digest(checkpoint)
     save_graph(graph, files["weights"])
     save_graph(graph, files["fp32_onnx"], {"checkpoint_sha256": digest})
-    plan = place_quantizers(
-        view_of(with_shapes(graph)),
-        **quantization.model_dump(exclude={"dialects", "bias_correction", "weight_method", "equalization"}),
-        whole_operators=whole_operators,
-    )
+    view = view_of(with_shapes(graph))
+    plan = plan_of_graph(view, files["fp32_onnx"], quantization=quantization, whole_operators=whole_operators)
     write_observed(files["weights"], files["observed_onnx"], plan=plan)
     files["plan"].write_text(json.dumps(to_jsonable(plan), indent=1))
     notes = tuple(note for note in (*source.notes, *plan.warnings, output_note(files["fp32_onnx"])) if note)

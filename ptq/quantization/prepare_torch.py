@@ -34,8 +34,8 @@ from ptq.networks.network import (
 from ptq.networks.observed import observed_from_folded
 from ptq.networks.unfolding import unfolded_state
 from ptq.quantization.equalize import layer_factors
+from ptq.quantization.placement import plan_of_graph
 from ptq.quantization.prepared import PreparedModel, output_note
-from ptq.quantization.rules import place_quantizers
 from ptq.quantization.same_function import logits_of_file, random_images, require_same_export
 from ptq.quantization.torch_view import scale_layers_, view_of
 from ptq.records.base import to_jsonable
@@ -85,14 +85,6 @@ def prepare_torch_model(
     network = network_from_state(state, kind, source=str(checkpoint))
     folded = network.folded
     check_runs(folded.module, input_shape=input_shape, num_classes=num_classes)
-    known = quantization.model_dump(exclude={"dialects", "bias_correction", "weight_method", "equalization"})
-    # A layer that sees no image is gone, and so in float already.
-    known["skip_layers"] = tuple(name for name in quantization.skip_layers if name not in folded.constant_layers)
-    plan = place_quantizers(
-        view_of(folded.module, traced=folded.traced),
-        **known,
-        whole_operators=whole_operators,
-    )
     files = {
         "weights": directory / "weights.safetensors",
         "fp32_onnx": directory / "model_fp32.onnx",
@@ -106,17 +98,22 @@ def prepare_torch_model(
     sha256 = checkpoint_digest(checkpoint)
     export_onnx(folded.module, files["fp32_onnx"], input_shape=input_shape, metadata={"checkpoint_sha256": sha256})
     require_same_export(network.original, files["fp32_onnx"], input_shape=input_shape)
+    # A layer that sees no image is gone, and so in float already.
+    skipped = [name for name in quantization.skip_layers if name not in folded.constant_layers]
+    plan = plan_of_graph(
+        view_of(folded.module, traced=folded.traced),
+        files["fp32_onnx"],
+        quantization=quantization.model_copy(update={"skip_layers": tuple(skipped)}),
+        whole_operators=whole_operators,
+    )
     _write_observed(folded.module, plan, files["observed_onnx"], input_shape=input_shape)
-    coverage = measure_coverage(files["fp32_onnx"], plan)
-    # What is no module is known from the graph alone.
-    others = [layer.name for layer in coverage.in_float if layer.name not in plan.float_layers]
-    plan = dataclasses.replace(plan, float_layers=(*plan.float_layers, *others))
     files["plan"].write_text(json.dumps(to_jsonable(plan), indent=1))
     notes = tuple(
         note
         for note in (*read.notes, network.note, output_note(files["fp32_onnx"]), folded.warning, *plan.warnings)
         if note
     )
+    coverage = measure_coverage(files["fp32_onnx"], plan)
     return PreparedModel(sha256, files, num_classes, plan, notes, coverage, source="torch")
 
 

@@ -79,8 +79,13 @@ def place_quantizers(
     )
 
 
+def is_within(layer: str, given: str) -> bool:
+    """Whether a layer is the one that is named, or in the module that is."""
+    return layer == given or layer.startswith(f"{given}.")
+
+
 def _skipped(names: list[str], *, first_layer: bool, last_layer: bool, skip_layers: Collection[str]) -> Collection[str]:
-    within = {name: [each for each in names if each == name or each.startswith(f"{name}.")] for name in skip_layers}
+    within = {name: [each for each in names if is_within(each, name)] for name in skip_layers}
     unknown = [name for name, found in within.items() if not found]
     if unknown:
         raise UsageError(

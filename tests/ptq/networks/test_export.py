@@ -218,3 +218,13 @@ def test_every_quantizer_gives_the_codes_of_pytorch_within_one_step(prepared, tm
         # Float sums in another order put a value on the other side of a rounding edge now and then.
         assert difference.max() <= 1
         assert np.mean(difference > 0) < 0.01
+
+
+def test_an_operator_that_onnx_lacks_is_named_and_no_graph_is_printed(tmp_path, capfd):
+    class Spectrum(torch.nn.Module):
+        def forward(self, x):
+            return torch.fft.fft2(x).real.mean((2, 3))
+
+    with pytest.raises(ExportError, match=r"aten::fft_fft2"):
+        export_onnx(Spectrum().eval(), tmp_path / "s.onnx", input_shape=SHAPE)
+    assert "graph(" not in "".join(capfd.readouterr())
