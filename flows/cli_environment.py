@@ -22,8 +22,15 @@ _SETTINGS = {
 _EVENT_LOOP = "tasks.runtime.prefect_server:event_loop"
 # Where no proxy has any business.
 _THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
-# Folders that are below the home unless these name others; set to nothing they are as if they were not set.
-_FOLDERS = ("PREFECT_HOME", "PTQ_CACHE_DIR", "PTQ_LOCK_DIR", "XDG_CACHE_HOME")
+# Folders that are below the home unless these name others, and what they are called below another one. Set to nothing
+# they are as if they were not set.
+_FOLDERS = {
+    "PREFECT_HOME": "prefect",
+    "PTQ_CACHE_DIR": "cache",
+    "PTQ_LOCK_DIR": "locks",
+    "XDG_CACHE_HOME": "other-caches",
+    "MPLCONFIGDIR": "matplotlib",
+}
 
 
 def settings() -> dict[str, str]:
@@ -42,16 +49,27 @@ def prepare_environment() -> None:
     """Sets what is not set, before a library reads it: quiet services, no proxy to this machine, a home to write to."""
     for name, value in settings().items():
         os.environ.setdefault(name, value)
-    for name in ("NO_PROXY", "no_proxy"):
-        others = [each for each in os.environ.get(name, "").split(",") if each]
-        os.environ[name] = ",".join(dict.fromkeys((*others, *_THIS_MACHINE)))
+    given = ",".join(os.environ.get(name, "") for name in ("NO_PROXY", "no_proxy"))
+    others = [each.strip() for each in given.split(",") if each.strip()]
+    if "*" not in others:
+        hosts = ",".join(dict.fromkeys((*others, *_THIS_MACHINE)))
+        os.environ.update({"NO_PROXY": hosts, "no_proxy": hosts})
     for name in _FOLDERS:
         if os.environ.get(name) == "":
             del os.environ[name]
-    if not _can_be_written(Path.home()):
-        home = _home_of_this_user()
-        sys.stderr.write(f"ptq: {Path.home()} cannot be written, {home} is used for what is kept between commands.\n")
-        os.environ["HOME"] = str(home)
+    absent = {name: folder for name, folder in _FOLDERS.items() if name not in os.environ}
+    if absent and not _can_be_written(_home()):
+        kept = _folder_of_this_user()
+        sys.stderr.write(f"ptq: {_home()} cannot be written, {kept} is used for what is kept between commands.\n")
+        os.environ.update({name: str(kept / folder) for name, folder in absent.items()})
+
+
+def _home() -> Path:
+    """The home of this user, which a container may not have."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path("/nonexistent")
 
 
 def _can_be_written(folder: Path) -> bool:
@@ -62,10 +80,12 @@ def _can_be_written(folder: Path) -> bool:
         return False
 
 
-def _home_of_this_user() -> Path:
+def _folder_of_this_user() -> Path:
     """A folder among the temporary ones that belongs to this user alone."""
     folder = Path(tempfile.gettempdir()) / f"ptq-home-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        return Path(tempfile.mkdtemp(prefix="ptq-home-"))
-    return folder
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        is_ours = not folder.is_symlink() and folder.stat().st_uid == os.getuid()
+    except OSError:
+        is_ours = False
+    return folder if is_ours else Path(tempfile.mkdtemp(prefix="ptq-home-"))

@@ -6,7 +6,6 @@ accepted or done, 1 failed or checks failed, 2 wrong usage or config, 3 rejected
 
 import json
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -93,7 +92,9 @@ def run_flow(flow: Any, **arguments: Any) -> Any:
     except RuntimeError as error:
         if not str(error).startswith(_NO_SERVER):
             raise
-        url = os.environ.get("PREFECT_API_URL", "")
+        from prefect.settings import PREFECT_API_URL
+
+        url = PREFECT_API_URL.value()
         what = f"at {url}, which PREFECT_API_URL names," if url else "that this command starts for itself"
         raise ArtifactError(
             f"The Prefect server {what} does not answer: {str(error).splitlines()[0]} Expected one that runs; start "

@@ -41,15 +41,16 @@ def quantize_model(config: PtqConfig) -> RunResult:
     7. select   8. judge: validate the graphs, build engines, benchmark, gate   9. if accuracy alone was rejected, try
     what is configured and judge it   10. compare with the version in service   11. publish   12. report
     """
-    config = take_own_preprocessing(config)
+    data, stated_percent = take_own_preprocessing(config.model, config.data, config.output.store)
+    config = config.model_copy(update={"data": data})
     get_run_logger().info("Config %s: %s", digest(config)[:12], config.model_dump_json())
     check_destinations(config)
     with model_lock(config.model.published_name, config.output.store) as waited_s:
-        return replace(_quantize_model(config), waited_s=round(waited_s, 1))
+        return replace(_quantize_model(config, stated_percent), waited_s=round(waited_s, 1))
 
 
-def _quantize_model(config: PtqConfig) -> RunResult:
-    """The stages, in order."""
+def _quantize_model(config: PtqConfig, stated_percent: float | None) -> RunResult:
+    """The stages, in order; `stated_percent` is the top-1 that is stated for the FP32 weights."""
     run = _context(config)
     data = index_images(config.data.path, config.data.splits, run=run)
     run = replace(run, selection_split=_selection_split(config, data))
@@ -63,7 +64,7 @@ def _quantize_model(config: PtqConfig) -> RunResult:
     template = exported(model, config.quantization.weight_method, run)
     tables = _amax_tables(statistics, model, template, run)
     baseline = evaluate_baseline(model.fp32_onnx, images, run=run)
-    check_fp32_accuracy(baseline, model, run)
+    check_fp32_accuracy(baseline, model, stated_percent, run)
     judged = Judged(run, data, loaded, statistics.draws, images, baseline)
     candidates = _evaluations(judged, model, template, tables)
     selection = select_candidate(candidates, tables, baseline, run=run)

@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from ptq.checks.run import check_graph
-from ptq.config import DataConfig, Dialect, Precision
+from ptq.config import DataConfig, Dialect, ModelConfig, Precision
 from ptq.data import decoding
 from ptq.data import index as index_module
 from ptq.data.remote_inputs import checkpoint_file
@@ -24,6 +24,7 @@ from ptq.evaluation.evaluate import SplitImages, evaluate_graph
 from ptq.evaluation.instruction_sets import evaluate_under_isas
 from ptq.evaluation.predictions import ClassMetrics, class_metrics, tables_from_parquet
 from ptq.graph.summary import summarize_onnx
+from ptq.networks.preprocessing import own_preprocessing, with_own_preprocessing
 from ptq.quantization.prepare_torch import write_float_model
 from ptq.records.base import to_jsonable
 from ptq.records.evaluation import IsaEvaluation, SplitMetrics
@@ -73,7 +74,6 @@ def evaluate_file(
     Raises:
         PtqError: model or data cannot be used.
     """
-    preprocessing = data.preprocessing
     opened = open_engine(engine, threads=threads)
     if isas and opened.identity().name != "openvino":
         raise UsageError(
@@ -85,7 +85,9 @@ def evaluate_file(
             require_isa(isa)
     index = index_module.index_images(data.path, calibration_split=split, selection_split=split, test_split=split)
     with checkpoint_file(model) as file, tempfile.TemporaryDirectory() as directory:
-        graph = file
+        named = ModelConfig(checkpoint=str(file), **({} if file.suffix == ".onnx" else {"name": name}))
+        data = with_own_preprocessing(data, own_preprocessing(named))
+        preprocessing, graph = data.preprocessing, file
         if file.suffix != ".onnx":
             graph = Path(directory) / "model.onnx"
             shape = (preprocessing.channels, preprocessing.crop, preprocessing.crop)
@@ -190,12 +192,13 @@ def export_files(
         PtqError: the checkpoint cannot be used or the folder cannot be written.
     """
     check_output_directory(directory)
+    called = ModelConfig.model_construct(name=name, checkpoint=checkpoint, publish_as="").published_name
     written = []
     sizes: Sequence[int | None] = batch_sizes or [None]
     with checkpoint_file(checkpoint) as file:
         for size in sizes:
             batch = "dynamic" if size is None else f"batch{size}"
-            path = directory / f"{name.replace(':', '.')}_{precision}_{batch}.onnx"
+            path = directory / f"{called}_{precision}_{batch}.onnx"
             write_float_model(
                 path, name=name, checkpoint=file, precision=precision, input_shape=input_shape, batch_size=size
             )

@@ -132,12 +132,19 @@ def _files_below(folder: Path, inside: str, above: frozenset[tuple[int, int]]) -
             f"Folder {folder} cannot be read: {error.strerror}. Restore its permissions, or remove it from the data."
         ) from error
     for entry in found:
-        if not entry.is_dir():
+        identity = _folder_identity(entry)
+        if identity is None:
             yield f"{inside}{entry.name}"
-            continue
-        identity = _identity(entry.stat())
-        if identity not in above:
+        elif identity not in above:
             yield from _files_below(folder / entry.name, f"{inside}{entry.name}/", above | {identity})
+
+
+def _folder_identity(entry: os.DirEntry[str]) -> tuple[int, int] | None:
+    """Which folder an entry is, None where it is none: a file, or a link to itself."""
+    try:
+        return _identity(entry.stat()) if entry.is_dir() else None
+    except OSError:
+        return None
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:

@@ -118,9 +118,11 @@ def _logits_of(model: onnx.ModelProto, class_count: int | None) -> onnx.ValueInf
     outputs = list(model.graph.output)
     if len(outputs) == 1:
         return outputs[0]
-    named = [value for value in outputs if "logits" in value.name.lower()]
+    rows = [value for value in outputs if _is_row_of(value, None)]
+    named = [value for value in rows if value.name.lower().split("/")[-1] in ("logits", "logits:0")]
     fitting = [value for value in outputs if _is_row_of(value, class_count)]
-    for found in (named, fitting):
+    others = [value for value in fitting if "aux" not in value.name.lower()]
+    for found in (named, fitting, others):
         if len(found) == 1:
             return found[0]
     return None
@@ -291,7 +293,11 @@ def _what_to_do(dimensions: list[int | None], input_shape: tuple[int, int, int])
 def _read_as_float_(graph: onnx.GraphProto, value: onnx.ValueInfoProto) -> list[str]:
     """Gives what casts an input of 8 bits to float the same numbers in float, and says so; else changes nothing."""
     readers = [node for node in _nodes(graph) if value.name in node.input]
-    casts = [node for node in readers if node.op_type == "Cast" and node.attribute[0].i == TensorProto.FLOAT]
+    casts = [
+        node
+        for node in readers
+        if node.op_type == "Cast" and {each.name: each.i for each in node.attribute}["to"] == TensorProto.FLOAT
+    ]
     if value.type.tensor_type.elem_type != TensorProto.UINT8 or not readers or len(casts) != len(readers):
         return []
     for node in casts:

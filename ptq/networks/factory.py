@@ -54,7 +54,7 @@ def _built(name: str, num_classes: int, channels: int) -> nn.Module:
     if name.startswith(TIMM):
         return _from_timm(name, num_classes, channels).eval()
     if name.startswith(TRANSFORMERS):
-        return _from_transformers(name, num_classes).eval()
+        return _from_transformers(name, num_classes, channels).eval()
     if ":" in name:
         model = _from_factory(name, num_classes)
     else:
@@ -87,7 +87,7 @@ def _from_timm(name: str, num_classes: int, channels: int) -> nn.Module:
     return model
 
 
-def _from_transformers(name: str, num_classes: int) -> nn.Module:
+def _from_transformers(name: str, num_classes: int, channels: int) -> nn.Module:
     """A classifier of transformers, built from a local config.json; nothing is fetched, and no code beside it runs."""
     with extra("hf", needed_by=f"model.name {name!r}"):
         import transformers
@@ -100,8 +100,10 @@ def _from_transformers(name: str, num_classes: int) -> nn.Module:
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         config.num_labels = num_classes
+        if getattr(config, "num_channels", channels) != channels:
+            config.num_channels = channels
         model: nn.Module = transformers.AutoModelForImageClassification.from_config(config, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise UsageError(
             f"model.name is {name!r}, of which transformers {transformers.__version__} makes no image classifier: "
             f"{first_line(error)}. Expected the config.json of one."

@@ -4,8 +4,8 @@ import inspect
 import operator
 import re
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
@@ -30,13 +30,15 @@ _IN_PLACE_NAME = re.compile(r"[a-z]\w*[a-z0-9]_")
 class FoldedModel:
     """A network ready for placement. `traced` is False where `torch.fx` cannot follow it: `module` is then as built.
 
-    `constant_layers` are gone, since they compute the same for every image.
+    `constant_layers` are gone, since they compute the same for every image; `norms` tells into which layer each
+    BatchNorm was folded.
     """
 
     module: nn.Module
     traced: bool
     warning: str
     constant_layers: tuple[str, ...] = ()
+    norms: Mapping[str, str] = field(default_factory=dict)
 
 
 def fold_model(model: nn.Module, *, input_shape: tuple[int, int, int] | None = None) -> FoldedModel:
@@ -62,7 +64,7 @@ def fold_model(model: nn.Module, *, input_shape: tuple[int, int, int] | None = N
     pad_before_(graph_module)
     constant_layers = fold_constant_layers_(graph_module)
     _remove_inference_identities_(graph_module)
-    _fold_batchnorm_(graph_module)
+    norms = _fold_batchnorm_(graph_module)
     graph_module.graph.lint()
     graph_module.recompile()
     graph_module.eval()
@@ -73,19 +75,19 @@ def fold_model(model: nn.Module, *, input_shape: tuple[int, int, int] | None = N
             warning=f"{type(model).__name__} computes something else once its in-place operations are "
             "replaced. Only its convolutions and linear layers are quantized: residual adds and pools stay in float.",
         )
-    return FoldedModel(module=graph_module, traced=True, warning="", constant_layers=constant_layers)
+    return FoldedModel(module=graph_module, traced=True, warning="", constant_layers=constant_layers, norms=norms)
 
 
 def _traced(model: nn.Module) -> fx.GraphModule:
     """A traced copy whose attention blocks call their projections, where they can."""
     windowed = (torchvision.models.swin_transformer.ShiftedWindowAttention,)
     try:
-        return traced_by_position(explicit_attention_(_detached_copy(model), windowed=windowed))
+        return _traced_by_position(explicit_attention_(_detached_copy(model), windowed=windowed))
     except NotImplementedError:  # attention with a mask, or between two sequences
-        return traced_by_position(_detached_copy(model))
+        return _traced_by_position(_detached_copy(model))
 
 
-def traced_by_position(model: nn.Module) -> fx.GraphModule:
+def _traced_by_position(model: nn.Module) -> fx.GraphModule:
     """Returns a traced network in which modules that are called by keyword are called by position.
 
     Raises:
@@ -192,7 +194,9 @@ _FUSERS: dict[type, Callable[[nn.Module, nn.Module], nn.Module]] = {
 }
 
 
-def _fold_batchnorm_(module: fx.GraphModule) -> None:
+def _fold_batchnorm_(module: fx.GraphModule) -> dict[str, str]:
+    """Makes each BatchNorm part of the layer before it; returns the layer of each, by their names."""
+    folded: dict[str, str] = {}
     calls = Counter(node.target for node in module.graph.nodes if node.op == "call_module")
     for node in list(module.graph.nodes):
         if node.op != "call_module" or not isinstance(
@@ -210,9 +214,11 @@ def _fold_batchnorm_(module: fx.GraphModule) -> None:
             continue
         parent, _, leaf = source.target.rpartition(".")
         setattr(module.get_submodule(parent), leaf, fuse(layer, module.get_submodule(node.target)))
+        folded[node.target] = source.target
         node.replace_all_uses_with(source)
         module.graph.erase_node(node)
     module.delete_all_unused_submodules()
+    return folded
 
 
 def require_statistics(model: nn.Module) -> None:

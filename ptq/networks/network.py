@@ -59,7 +59,7 @@ def network_as_built(state: Mapping[str, torch.Tensor], kind: NetworkKind, *, so
         UsageError: there is no such network.
     """
     network = create_model(kind.name, num_classes=kind.num_classes, channels=kind.input_shape[0])
-    state = {**{name: state[owner] for name, owner in untie_(network).items() if owner in state}, **state}
+    state = _with_shared(state, untie_(network))
     if not _fits(network, state):  # as equalization leaves them, or someone who saved the network's final form
         fresh = create_model(kind.name, num_classes=kind.num_classes, channels=kind.input_shape[0])
         final, note = _in_final_form(fresh, kind)
@@ -68,6 +68,17 @@ def network_as_built(state: Mapping[str, torch.Tensor], kind: NetworkKind, *, so
             return final, note
     load_weights_(network, state, name=kind.name, source=source)
     return _in_final_form(network, kind)
+
+
+def _with_shared(state: Mapping[str, torch.Tensor], shared: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """The weights with those that a file has under one of several names under each of them."""
+    complete = dict(state)
+    for _ in range(2):  # from whichever is there to the first, and from the first to the others
+        for name, owner in shared.items():
+            for one, other in ((name, owner), (owner, name)):
+                if one in complete:
+                    complete.setdefault(other, complete[one])
+    return complete
 
 
 def _fits(network: nn.Module, state: Mapping[str, torch.Tensor]) -> bool:

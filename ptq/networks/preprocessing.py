@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ptq.config import ModelConfig, PreprocessingConfig, PtqConfig
+from ptq.config import DataConfig, ModelConfig, PreprocessingConfig
 from ptq.config_file import config_from_mapping
 from ptq.errors import UsageError
 from ptq.extras import extra
@@ -22,6 +22,8 @@ _GEOMETRY = ("resize", "crop")
 # Pillow's numbers of filters, as transformers writes them.
 _FILTERS = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 _BESIDE = "preprocessor_config.json"
+# What reads whole numbers of 8 bits normalises them itself.
+_PIXELS = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,18 +34,24 @@ class OwnPreprocessing:
         fields: their values by name; what the source leaves open is not there.
         source: who states them.
         top1_percent: top-1 accuracy that the source states for the weights on ImageNet-1K; None where it states none.
+        reads_pixels: whether the network reads pixels from 0 to 255, so that no other mean and std can be right.
     """
 
     fields: Mapping[str, Any]
     source: str
     top1_percent: float | None = None
+    reads_pixels: bool = False
 
 
 def own_preprocessing(model: ModelConfig) -> OwnPreprocessing | None:
     """Returns how the images of a network were prepared, None where nobody states it.
 
+    Args:
+        model: the network; an ONNX file, and what lies beside it, is looked for on this machine.
+
     Raises:
-        UsageError: timm is not installed, or a file that states it cannot be read.
+        CheckpointError: the ONNX file is damaged.
+        UsageError: timm is not installed, or a file that states it cannot be read or done here.
     """
     if model.name.startswith(TIMM):
         return _of_timm(model.name.removeprefix(TIMM))
@@ -54,28 +62,33 @@ def own_preprocessing(model: ModelConfig) -> OwnPreprocessing | None:
     return _of_torchvision(model.name, PurePosixPath(model.checkpoint).name)
 
 
-def with_own_preprocessing(config: PtqConfig) -> tuple[PtqConfig, OwnPreprocessing | None]:
-    """Returns a config whose preprocessing is the network's own wherever nobody set it, and what states that.
+def with_own_preprocessing(data: DataConfig, own: OwnPreprocessing | None) -> DataConfig:
+    """Returns data whose preprocessing is the network's own wherever nobody set it.
 
     Who set one of resize and crop has set both: they belong together.
 
     Raises:
-        UsageError: as `own_preprocessing`, or what is stated cannot be done here.
+        UsageError: what is stated cannot be done here, or what was set cannot be right.
     """
-    given = config.data.preprocessing.model_fields_set
-    own = own_preprocessing(config.model)
     if own is None:
-        return config, None
+        return data
+    given = data.preprocessing.model_fields_set
     kept = {*given, *(_GEOMETRY if given.intersection(_GEOMETRY) else ())}
-    taken = {name: value for name, value in own.fields.items() if name not in kept}
-    if config.data.preprocessing.channels != 3:
-        taken = {name: value for name, value in taken.items() if name not in ("mean", "std")}
-    if not taken:
-        return config, None
-    content = {**config.data.preprocessing.model_dump(), **taken}
-    preprocessing = config_from_mapping(PreprocessingConfig, content, source=f"The preprocessing of {own.source}")
-    data = config.data.model_copy(update={"preprocessing": preprocessing})
-    return config.model_copy(update={"data": data}), own
+    channels = data.preprocessing.channels
+    stated = {name: value[:channels] if name in _PIXELS else value for name, value in own.fields.items()}
+    taken = {name: value for name, value in stated.items() if name not in kept}
+    if channels != 3 and not own.reads_pixels:
+        taken = {name: value for name, value in taken.items() if name not in _PIXELS}
+    content = {**data.preprocessing.model_dump(), **taken}
+    used = config_from_mapping(PreprocessingConfig, content, source=f"The preprocessing of {own.source}")
+    if own.reads_pixels and any(
+        abs(found - wanted[0]) > 1e-6 for name, wanted in _PIXELS.items() for found in getattr(used, name)
+    ):
+        raise UsageError(
+            f"{own.source} normalises them itself, and mean is {list(used.mean)}, std {list(used.std)}. Expected mean "
+            "0 and std 0.00392157 (1/255), which give it pixels from 0 to 255; leave both out."
+        )
+    return data.model_copy(update={"preprocessing": used})
 
 
 def _of_timm(name: str) -> OwnPreprocessing | None:
@@ -116,8 +129,8 @@ def _of_onnx(path: Path) -> OwnPreprocessing | None:
     """What lies beside an ONNX file, or its input says: who takes pixels from 0 to 255 normalises them itself."""
     stated = _of_transformers(path.with_name(_BESIDE))
     if path.is_file() and reads_pixels(path):
-        fields = dict(stated.fields) if stated else {}
-        return OwnPreprocessing({**fields, "mean": (0.0,) * 3, "std": (1 / 255,) * 3}, f"{path}, which reads pixels")
+        fields = {**(stated.fields if stated else {}), **_PIXELS}
+        return OwnPreprocessing(fields, f"{path.name}, which reads pixels,", reads_pixels=True)
     return stated
 
 
@@ -127,27 +140,55 @@ def _of_transformers(path: Path) -> OwnPreprocessing | None:
         return None
     try:
         stated = json.loads(path.read_text(encoding="utf-8"))
-        fields: dict[str, Any] = {"interpolation": _FILTERS[stated.get("resample", 2)]}
-        if stated.get("do_normalize", True):
-            fields |= {"mean": tuple(stated["image_mean"]), "std": tuple(stated["image_std"])}
-        else:
-            fields |= {"mean": (0.0,) * 3, "std": (1.0,) * 3}
-        size = _side(stated["size"])
-        cropped = stated.get("crop_size")
-        if cropped is not None and stated.get("do_center_crop", True):
-            fields |= {"resize": size, "crop": _side(cropped)}
-        else:  # ConvNeXT's crop_pct: the image is resized to more, and cropped
-            fields |= {"resize": math.floor(size / (stated.get("crop_pct") or 1)), "crop": size}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        fields = {**_geometry(stated), **_normalization(stated)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
-            f"{path} cannot be read as the preprocessing of a classifier: {type(error).__name__} {error}. Expected "
-            "size, image_mean and image_std, as transformers writes them. Set data.preprocessing and remove the file."
+            f"{path} cannot be done as the preprocessing of a classifier: {type(error).__name__} {error}. Expected "
+            "size, image_mean and image_std as transformers writes them, for pixels from 0 to 255 in the order RGB. "
+            "Set data.preprocessing and remove the file."
         ) from error
     return OwnPreprocessing(fields, str(path))
+
+
+def _normalization(stated: Mapping[str, Any]) -> dict[str, Any]:
+    """Mean and std, raising ValueError for what changes pixels otherwise."""
+    if stated.get("do_flip_channel_order"):
+        raise ValueError("do_flip_channel_order is true")
+    if stated.get("do_rescale") is False or stated.get("rescale_offset"):
+        raise ValueError("pixels are not rescaled to 0 to 1")
+    if abs(stated.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3:
+        raise ValueError(f"rescale_factor is {stated['rescale_factor']}")
+    if stated.get("do_normalize") is False:
+        return {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+    std = tuple(stated["image_std"])
+    if stated.get("include_top"):  # EfficientNet of transformers divides twice
+        return {"mean": tuple(stated["image_mean"]), "std": tuple(value**2 for value in std)}
+    return {"mean": tuple(stated["image_mean"]), "std": std}
+
+
+def _geometry(stated: Mapping[str, Any]) -> dict[str, Any]:
+    """Resize, crop and filter; the side of the image is that of the crop, or of the size where nothing is cropped."""
+    filters = stated.get("resample", 2)
+    if filters not in _FILTERS:
+        raise ValueError(f"resample is {filters}, none of {', '.join(f'{n} ({name})' for n, name in _FILTERS.items())}")
+    kind = str(stated.get("image_processor_type") or stated.get("feature_extractor_type") or "")
+    size = _side(stated["size"])
+    cropped = stated.get("crop_size")
+    if kind.startswith("Levit"):
+        size = int(256 / 224 * size)
+    if kind.startswith("ConvNext") and size < 384:
+        resize, crop = int(size / (stated.get("crop_pct") or 224 / 256)), size
+    elif cropped is not None and stated.get("do_center_crop", True):
+        resize, crop = int(size / (stated.get("crop_pct") or 1)), _side(cropped)
+    else:
+        resize = crop = size
+    return {"interpolation": _FILTERS[filters], "resize": resize, "crop": crop}
 
 
 def _side(size: int | Mapping[str, int]) -> int:
     """The side in pixels, of which transformers writes {"height": h, "width": w}, {"shortest_edge": s}, or s."""
     if isinstance(size, int):
         return size
+    if size.get("height") != size.get("width"):
+        raise ValueError(f"size is {dict(size)}, and images here are square")
     return int(size["shortest_edge"] if "shortest_edge" in size else size["height"])

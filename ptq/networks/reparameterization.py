@@ -63,7 +63,7 @@ def _method(module: nn.Module) -> str | None:
     for name in _METHODS:
         method = getattr(type(module), name, None)
         if callable(method):
-            first, *others = inspect.signature(method).parameters.values()
+            others = list(inspect.signature(method).parameters.values())[1:]
             optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
             if all(each.default is not each.empty or each.kind in optional for each in others):
                 return name

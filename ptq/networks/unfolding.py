@@ -8,9 +8,7 @@ import torch
 from torch import nn
 
 from ptq.networks.attention import original_name
-from ptq.networks.folding import FoldedModel, traced_by_position
-
-_BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+from ptq.networks.folding import FoldedModel
 
 
 def unfolded_state(original: nn.Module, folded: FoldedModel, changed: nn.Module) -> dict[str, torch.Tensor]:
@@ -29,9 +27,7 @@ def unfolded_state(original: nn.Module, folded: FoldedModel, changed: nn.Module)
         original_parameter = original_name(name, state)
         if original_parameter is not None:
             state[original_parameter] = trained[name]
-    for norm, layer in _folded_batchnorms(original, folded).items():
-        if f"{layer}.bias" not in trained:
-            continue  # it computes the same for every image, and stays as it was
+    for norm, layer in folded.norms.items():
         neutral = {"weight": 1.0, "bias": 0.0, "running_var": 1.0 - original.get_submodule(norm).eps}
         for name, value in neutral.items():
             if f"{norm}.{name}" in state:
@@ -40,21 +36,3 @@ def unfolded_state(original: nn.Module, folded: FoldedModel, changed: nn.Module)
         if f"{layer}.bias" in state:
             state[f"{layer}.bias"].zero_()
     return state
-
-
-def _folded_batchnorms(original: nn.Module, folded: FoldedModel) -> dict[str, str]:
-    """The layer into which each BatchNorm that is gone was folded, by their names."""
-    if not folded.traced:
-        return {}
-    remaining = {name for name, _ in folded.module.named_modules()}
-    layers = {name for name, module in original.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
-    found = {}
-    for node in traced_by_position(original).graph.nodes:
-        if node.op != "call_module" or node.target in remaining:
-            continue
-        if isinstance(original.get_submodule(node.target), _BATCHNORMS):
-            source = node.args[0]
-            while source.target not in layers:  # dropout and identities between the two are gone as well
-                source = source.args[0]
-            found[node.target] = source.target
-    return found

@@ -59,7 +59,7 @@ def require_same_function(template: Path, fp32: Path, *, input_shape: tuple[int,
     with tempfile.TemporaryDirectory() as directory:
         bare = Path(directory) / "bare.onnx"
         bare.write_bytes(without_quantizers(onnx.load(template)).SerializeToString())
-        found, expected = logits_of_file(bare, images), logits_of_file(fp32, images)
+        found, expected = _logits(bare, images), _logits(fp32, images)
     difference = _difference(found, expected)
     if difference:
         raise ExportError(
@@ -94,7 +94,7 @@ def require_same_export(
     if not isinstance(expected, torch.Tensor) or not torch.equal(expected, again):
         return
     try:
-        found = logits_of_file(path, images, batch_size)
+        found = _logits(path, images, batch_size)
     except Exception as error:  # ONNX Runtime's own exceptions share no base class
         raise ExportError(
             f"The ONNX export of {type(network).__name__} cannot run {_IMAGES} images: {first_line(error)}. Expected a "
@@ -114,8 +114,7 @@ def random_images(input_shape: tuple[int, int, int]) -> np.ndarray:
     return np.random.default_rng(0).uniform(-1, 1, (_IMAGES, *input_shape)).astype(np.float32)
 
 
-def logits_of_file(graph: Path, images: np.ndarray, batch_size: int | None = None) -> np.ndarray:
-    """Returns what a float graph gives for images, (n, classes); `batch_size` where its batch is not free."""
+def _logits(graph: Path, images: np.ndarray, batch_size: int | None = None) -> np.ndarray:
     size = batch_size or len(images)
     batches = [images[start : start + size] for start in range(0, len(images), size)]
     found = open_reference(threads=1).logits(graph, batches, precision="fp32", batch_size=size, float_remainder="fp32")

@@ -8,6 +8,7 @@ this happens once, is not decided here.
 import json
 import logging
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 # Endings of files that a program is still writing, anywhere in a name: weights.tmp.pth.
 _UNFINISHED = (".part", ".partial", ".tmp", ".temp", ".crdownload", ".download", ".filepart", ".incomplete", ".swp")
+# One of the files of a large checkpoint, of which none is a checkpoint.
+_OF_SEVERAL = re.compile(r"-\d+-of-\d+\.")
 # A file that cannot be read is tried again after so long.
 _AGAIN_S = 60.0
 
@@ -77,7 +80,8 @@ def model_of(uri: str, prefix: str) -> str:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     is_hidden = any(part.startswith((".", "~")) for part in path.parts)
     ending = checkpoint_ending(path.name)
-    if not ending or is_hidden or set(suffixes) & set(_UNFINISHED):
+    is_part = _OF_SEVERAL.search(path.name) is not None or (ending == ".bin" and path.name != "pytorch_model.bin")
+    if not ending or is_part or is_hidden or set(suffixes) & set(_UNFINISHED):
         return ""
     return path.parts[0] if len(path.parts) > 1 else path.name[: -len(ending)]
 

@@ -15,7 +15,6 @@ from ptq.evaluation.predictions import tables_from_parquet
 from ptq.evaluation.selection import compared_images, rank_candidates, select
 from ptq.files import arrays_from_npz
 from ptq.graph.candidate import write_candidate
-from ptq.networks.preprocessing import own_preprocessing
 from ptq.quantization.prepared import plan_from_file
 from ptq.records.base import ArtifactRef
 from ptq.records.calibration import AmaxRecord
@@ -40,14 +39,12 @@ def evaluate_baseline(
     return _record(run.store, found, candidate="fp32", amax=None)
 
 
-def check_fp32_accuracy(baseline: EvaluationRecord, model: ModelRecord, run: RunContext) -> None:
+def check_fp32_accuracy(
+    baseline: EvaluationRecord, model: ModelRecord, stated_percent: float | None, run: RunContext
+) -> None:
     """Warns where FP32 is as good as guessing, or far below what is stated for these weights on ImageNet."""
-    own = own_preprocessing(run.config.model)
-    warning = fp32_warning(
-        baseline.on(run.config.data.test_split),
-        classes=model.num_classes,
-        stated_percent=own.top1_percent if own else None,
-    )
+    split = baseline.on(run.config.data.test_split)
+    warning = fp32_warning(split, classes=model.num_classes, stated_percent=stated_percent)
     if warning:
         get_run_logger().warning(warning)
 

@@ -9,19 +9,20 @@ from typing import Any
 from prefect.logging import get_run_logger
 
 from ptq.calibration.calibrate import RANGE_IMAGES, ranges_from_files
-from ptq.config import PtqConfig
+from ptq.config import DataConfig, ModelConfig
 from ptq.data.remote_inputs import Inputs, checkpoint_file
 from ptq.graph.coverage import describe, require_coverage
 from ptq.graph.source import source_digest
 from ptq.networks.checkpoint import model_sources
 from ptq.networks.factory import factory_digest
-from ptq.networks.preprocessing import with_own_preprocessing
+from ptq.networks.preprocessing import own_preprocessing, with_own_preprocessing
 from ptq.quantization import prepare
 from ptq.quantization.prepare_onnx import equalize_onnx_model
 from ptq.quantization.prepare_torch import equalize_model
 from ptq.quantization.prepared import plan_from_file
 from ptq.records.calibration import CalibrationDraws
 from ptq.records.plan import ModelRecord
+from ptq.storage.store import open_store
 from ptq.uris import is_remote
 from tasks.runtime.context import RunContext
 from tasks.runtime.stage import stage
@@ -87,14 +88,23 @@ def prepare_model(class_names: tuple[str, ...], has_named_classes: bool, *, run:
     )
 
 
-def take_own_preprocessing(config: PtqConfig) -> PtqConfig:
-    """Returns the config with the network's own preprocessing wherever nobody set it, and says what images go through.
+def take_own_preprocessing(model: ModelConfig, data: DataConfig, store_uri: str) -> tuple[DataConfig, float | None]:
+    """Finds how the images of a network were prepared, and says what images go through.
+
+    Returns:
+        the data with the network's own preprocessing wherever nobody set it, and the top-1 that is stated for the
+        weights, in percent; None where none is.
 
     Raises:
-        UsageError: what states it cannot be read.
+        UsageError: what states it cannot be read or done here.
     """
-    config, own = with_own_preprocessing(config)
-    used = config.data.preprocessing
+    if model.is_onnx and is_remote(model.checkpoint):
+        with checkpoint_file(model.checkpoint, open_store(store_uri)) as file:
+            own = own_preprocessing(model.model_copy(update={"checkpoint": str(file)}))
+    else:
+        own = own_preprocessing(model)
+    data = with_own_preprocessing(data, own)
+    used = data.preprocessing
     get_run_logger().info(
         "Images are resized to %d and cropped to %d (%s), then mean %s and std %s%s",
         used.resize,
@@ -104,7 +114,7 @@ def take_own_preprocessing(config: PtqConfig) -> PtqConfig:
         "/".join(f"{value:g}" for value in used.std),
         f": what nobody set is that of {own.source}" if own else "",
     )
-    return config
+    return data, own.top1_percent if own else None
 
 
 def check_coverage(model: ModelRecord, run: RunContext) -> None:

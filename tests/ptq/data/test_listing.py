@@ -242,6 +242,11 @@ def test_links_that_lead_back_up_are_followed_once(folder):
     assert any("under more than one label" in warning for warning in found.warnings)
 
 
+def test_a_link_to_itself_is_no_folder(folder):
+    (folder / "train" / "cat" / "loop").symlink_to("loop")
+    assert index(folder).table.height == 9
+
+
 def test_a_folder_that_cannot_be_read_is_named(folder, monkeypatch):
     scandir = os.scandir
 

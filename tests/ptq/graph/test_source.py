@@ -476,8 +476,22 @@ def test_outputs_that_cannot_be_told_apart_are_refused(tmp_path):
 
 
 def test_an_output_called_logits_is_taken(tmp_path):
-    path = with_second_output(tmp_path / "m.onnx", "logits_of_six", TensorProto.FLOAT, ["n", 6])
-    assert read_source(path, input_shape=SHAPE).output_name == "logits_of_six"
+    path = with_second_output(tmp_path / "m.onnx", "logits", TensorProto.FLOAT, ["n", 6])
+    assert read_source(path, input_shape=SHAPE).output_name == "logits"
+
+
+def test_of_two_rows_of_classes_the_auxiliary_one_is_left(tmp_path):
+    path = with_second_output(tmp_path / "m.onnx", "aux_logits", TensorProto.FLOAT, ["n", 4])
+    assert read_source(path, input_shape=SHAPE, class_count=4).output_name == "y"
+
+
+@pytest.mark.parametrize("attributes", [{"saturate": 1}, {}])
+def test_a_cast_to_half_is_none_to_float(tmp_path, attributes):
+    make = pixels()
+    make.nodes[0] = helper.make_node("Cast", ["x"], ["half"], to=TensorProto.FLOAT16, **attributes)
+    make.nodes.insert(1, helper.make_node("Cast", ["half"], ["float"], to=TensorProto.FLOAT))
+    opset = 19 if attributes else 17
+    refusal(make.save(tmp_path / "m.onnx", kind=TensorProto.UINT8, opset=opset), "is uint8 with 4 dimensions")
 
 
 def test_operators_of_one_runtime_are_refused(tmp_path):

@@ -76,3 +76,22 @@ def test_a_constant_without_a_layer_stays():
 
     folded = fold_model(Shifted().eval(), input_shape=SHAPE)
     assert [node.target for node in folded.module.graph.nodes if node.op == "get_attr"] == ["shift"]
+
+
+def test_a_batchnorm_that_nobody_reads_is_not_taken_for_a_folded_one():
+    class Unread(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.fc = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            features = self.conv(x)
+            self.norm(features)
+            self.norm(x.new_zeros(1, 8, 1, 1))
+            return self.fc(F.relu(features).mean((2, 3)))
+
+    network = Unread().eval()
+    folded = fold_model(network, input_shape=SHAPE)
+    assert folded.norms == {}
+    state = unfolded_state(network, folded, folded.module)
+    torch.testing.assert_close(state["conv.bias"], network.conv.bias)

@@ -73,6 +73,12 @@ class WithAnArgument(Branches):
         raise AssertionError("it cannot be called")
 
 
+class Static(Branches):
+    @staticmethod
+    def fuse():
+        raise AssertionError("it is no method")
+
+
 def network_of(block, seed=0):
     torch.manual_seed(seed)
     blocks = nn.Sequential(block(8), nn.ReLU(), block(8))

@@ -69,6 +69,9 @@ def test_each_can_be_changed_by_itself_and_a_checkpoint_with_one_of_them_is_whol
     alone = {name: value for name, value in state.items() if name != "b.weight"}  # as safetensors writes it
     network, _ = network_as_built(alone, kind, source="w")
     assert torch.equal(network.b.weight, state["a.weight"])
+    last = {name: value for name, value in state.items() if name != "a.weight"}
+    network, _ = network_as_built(last, kind, source="w")
+    assert torch.equal(network.a.weight, state["b.weight"])
     network, _ = network_as_built({**state, "b.weight": 2 * state["a.weight"]}, kind, source="w")
     assert torch.equal(network.b.weight, 2 * network.a.weight)
     assert safetensors.torch.save(network.state_dict())

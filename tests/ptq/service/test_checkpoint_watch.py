@@ -98,6 +98,22 @@ def test_a_prefix_of_another_kind_is_refused(prefix):
         watched_prefix(prefix)
 
 
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("digits/model-00001-of-00002.safetensors", ""),
+        ("digits/training_args.bin", ""),
+        ("digits/pytorch_model.bin", "digits"),
+        ("digits/best.pth.tar", "digits"),
+        ("best.pth.tar", "best"),
+        ("epoch=3-val_loss=0.10.ckpt", "epoch=3-val_loss=0.10"),
+        ("data.tar", ""),
+    ],
+)
+def test_which_files_of_trainers_are_checkpoints(name, model):
+    assert model_of(f"/in/{name}", "/in") == model
+
+
 @pytest.mark.parametrize("ending", [".pth", ".ckpt", ".safetensors"])
 def test_a_checkpoint_that_lost_its_end_is_not_whole_wherever_it_was_cut(tmp_path, ending):
     path = saved(tmp_path / f"a{ending}")
