@@ -58,7 +58,7 @@ class Normalization(_Section):
 
 
 class PreprocessingConfig(_Section):
-    """How a file becomes the network's input. The defaults are those of torchvision's ImageNet weights."""
+    """How a file becomes the network's input; what is not set is the network's own, where its source states it."""
 
     channels: Literal[1, 3] = Field(3, description="Channels of the network's input: 3 for RGB, 1 for grey.")
     resize: int = Field(256, ge=4, le=4096, description="Length of the shorter side after resizing, in pixels.")
@@ -156,8 +156,8 @@ class ModelConfig(_Section):
     )
     checkpoint: str = Field(
         description=(
-            "File with the FP32 weights: .pth, .pt or .safetensors; or an FP32 classifier as .onnx; local, or in S3 as "
-            "s3://bucket/key. Left out for hf/FOLDER, which has them."
+            "File with the FP32 weights: what torch.save wrote, or .safetensors; or an FP32 classifier as .onnx; "
+            "local, or in S3 as s3://bucket/key. Left out for hf/FOLDER, which has them."
         )
     )
     publish_as: str = Field(

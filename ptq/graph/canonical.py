@@ -26,7 +26,7 @@ def canonical_graph(source: OnnxSource, *, origin: str) -> gs.Graph:
     """Returns the graph of a source in canonical form, with a dynamic batch dimension.
 
     Args:
-        source: what `onnx_source.read_source` found; it is not changed.
+        source: what `source.read_source` found; it is not changed.
         origin: names the file in messages.
 
     Raises:

@@ -28,7 +28,7 @@ _MOST_KEPT = 2
 
 @dataclass(frozen=True, slots=True)
 class NetworkKind:
-    """What beside its weights makes a network: a torchvision classifier or `package.module:factory`, and its sizes."""
+    """What beside its weights makes a network: its name, see `factory.create_model`, and its sizes."""
 
     name: str
     num_classes: int

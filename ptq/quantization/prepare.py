@@ -33,7 +33,7 @@ def prepare_model(
     """Writes what later stages need of a checkpoint or an ONNX file, by the way that leaves less in float.
 
     Args:
-        name: a torchvision classifier or `package.module:factory`; of an ONNX file it is not asked.
+        name: the network, see `factory.create_model`; of an ONNX file it is not asked.
         checkpoint: the file with the weights, or the ONNX file.
         is_onnx: which of the two it is.
         class_count: classes of the data; with numbered classes the model may have more.

@@ -60,7 +60,7 @@ def prepare_torch_model(
     """Writes weights, FP32 graph, observed graph and placement plan of a checkpoint into `directory`.
 
     Args:
-        name: a torchvision classifier or `package.module:factory`.
+        name: the network, see `factory.create_model`.
         checkpoint: the file with the weights.
         class_count: classes of the data; with numbered classes the model may have more.
         has_named_classes: whether the data names its classes, so that their number is the model's.
@@ -129,7 +129,7 @@ def export_network(
 
     Args:
         path: file to write.
-        name: a torchvision classifier or `package.module:factory`.
+        name: the network, see `factory.create_model`.
         checkpoint: the file with the weights.
         num_classes: outputs of the model; None for as many as the checkpoint has.
         input_shape: (c, h, w).
@@ -170,7 +170,7 @@ def equalize_model(
         weights: the file of `prepare_torch_model`.
         plan: its placement plan.
         ranges: max |x| per channel of the observed tensors, by name.
-        name: a torchvision classifier or `package.module:factory`.
+        name: the network, see `factory.create_model`.
         num_classes: outputs of the model.
         input_shape: (c, h, w).
         directory: an existing folder.
