@@ -141,7 +141,7 @@ def test_help_names_the_values_there_are_and_the_default():
 def test_no_file_of_the_command_line_lists_engines_dialects_methods_or_precisions():
     names = {*ENGINES, *DIALECTS, *METHODS, *get_args(Precision)} - set(QUANTIZE)
     files = sorted(Path(cli.__file__).parent.glob("cli*.py"))
-    assert len(files) == 6
+    assert len(files) == 7
     texts = [
         (file.name, node.value)
         for file in files

@@ -4,6 +4,7 @@ import pytest
 from command_line import quantize
 
 
+@pytest.mark.slow
 def test_a_published_model_has_a_history_that_can_be_restored_and_a_store_to_clean(
     run, checkpoint, image_folder, tmp_path
 ):
