@@ -9,9 +9,6 @@ import pytest
 from ptq.errors import ArtifactError
 from ptq.storage.store import StageEntry
 
-ROOT = Path(__file__).resolve().parents[3]
-# What Dask's scheduler and workers send each other they pickle; it is neither kept nor read from anywhere else.
-EXEMPT = {ROOT / "tasks" / "runtime" / "dask_runner.py"}
 HOSTILE_NAMES = ["../evil", "objects/../../evil", "/etc/passwd", "a//b", "a/./b", "a\n", "a b", "\\\\host", "a/\0", ""]
 
 
