@@ -76,6 +76,10 @@ class Terminal:
         """Prints a line for a finished stage."""
         self.say(f"  {stage:<26} {'cached' if cached else f'{seconds:.1f} s'}")
 
+    def said(self, text: str) -> None:
+        """Prints a sentence of the run."""
+        self.say(f"  {text}")
+
 
 def run_flow(flow: Any, **arguments: Any) -> Any:
     """Runs a flow and returns its result; the error it failed with is raised as it was."""

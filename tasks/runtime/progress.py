@@ -28,6 +28,9 @@ class Listener(Protocol):
     def finished(self, stage: str, seconds: float, cached: bool) -> None:
         """Is called when a stage has ended."""
 
+    def said(self, text: str) -> None:
+        """Is called with what a person should read while the run goes on."""
+
 
 _listeners: list[Listener] = []
 
@@ -46,6 +49,13 @@ def announce_finished(stage: str, *, seconds: float, cached: bool) -> None:
     """Tells the listeners that a stage has ended; a stage found in the store is cached."""
     for listener in _listeners:
         listener.finished(stage, seconds, cached)
+
+
+def say(text: str, *, level: int = logging.INFO) -> None:
+    """Logs a sentence and tells it to the listeners."""
+    get_run_logger().log(level, text)
+    for listener in _listeners:
+        listener.said(text)
 
 
 def artifact_key(*parts: str) -> str:

@@ -1,6 +1,7 @@
 """Stages that evaluate a model on the engine and choose the best candidate."""
 
 import json
+import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from ptq.records.evaluation import EvaluationRecord, Selection
 from ptq.records.plan import ModelRecord
 from ptq.storage.store import Store
 from tasks.runtime.context import RunContext
-from tasks.runtime.progress import progress_logger
+from tasks.runtime.progress import progress_logger, say
 from tasks.runtime.stage import stage
 
 # How a graph is evaluated, whichever it is.
@@ -46,7 +47,7 @@ def check_fp32_accuracy(
     split = baseline.on(run.config.data.test_split)
     warning = fp32_warning(split, classes=model.num_classes, stated_percent=stated_percent)
     if warning:
-        get_run_logger().warning(warning)
+        say(warning, level=logging.WARNING)
 
 
 @stage(

@@ -1,6 +1,7 @@
 """The stage that loads a checkpoint and replaces modules by quantized ones."""
 
 import dataclasses
+import logging
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from ptq.records.plan import ModelRecord
 from ptq.storage.store import open_store
 from ptq.uris import is_remote
 from tasks.runtime.context import RunContext
+from tasks.runtime.progress import say
 from tasks.runtime.stage import stage
 
 
@@ -65,9 +67,6 @@ def prepare_model(class_names: tuple[str, ...], has_named_classes: bool, *, run:
         )
         files: dict[str, Any] = {name: store.put_file(path) for name, path in prepared.files.items()}
     plan = prepared.plan
-    for warning in prepared.warnings:
-        get_run_logger().warning(warning)
-    get_run_logger().info(describe(prepared.coverage))
     get_run_logger().info(
         "Placed %d activation and %d weight quantizers; %d of %d residual adds have one quantized operand",
         len(plan.activations),
@@ -105,20 +104,20 @@ def take_own_preprocessing(model: ModelConfig, data: DataConfig, store_uri: str)
         own = own_preprocessing(model)
     data = with_own_preprocessing(data, own)
     used = data.preprocessing
-    get_run_logger().info(
-        "Images are resized to %d and cropped to %d (%s), then mean %s and std %s%s",
-        used.resize,
-        used.crop,
-        used.interpolation,
-        "/".join(f"{value:g}" for value in used.mean),
-        "/".join(f"{value:g}" for value in used.std),
-        f": what nobody set is that of {own.source}" if own else "",
+    mean, std = ("/".join(f"{value:g}" for value in values) for values in (used.mean, used.std))
+    own_share = f": what nobody set is that of {own.source}" if own else ""
+    say(
+        f"Images are resized to {used.resize} and cropped to {used.crop} ({used.interpolation}), then mean {mean} and "
+        f"std {std}{own_share}."
     )
     return data, own.top1_percent if own else None
 
 
 def check_coverage(model: ModelRecord, run: RunContext) -> None:
-    """Raises before anything is calibrated where too little of the network can be in INT8."""
+    """Says what will be in INT8; raises before anything is calibrated where it is too little."""
+    for warning in model.warnings:
+        say(warning, level=logging.WARNING)
+    say(describe(model.coverage))
     require_coverage(model.coverage, run.config.gate.min_int8_macs_percent)
 
 

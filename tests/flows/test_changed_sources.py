@@ -31,6 +31,9 @@ class Edit:
     def advanced(self, what, done, total):
         pass
 
+    def said(self, text):
+        pass
+
     def finished(self, stage, seconds, cached):
         if stage == after:
             source = Path(edited).read_text()

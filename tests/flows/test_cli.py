@@ -23,6 +23,10 @@ def test_quantize_prints_a_verdict_and_where_the_report_is(run, checkpoint, imag
     assert "Accepted" in out
     assert "report.html" in out
     assert "collect_statistics" in err
+    # What images go through, and what will be in INT8, before anything is calibrated.
+    lines = " ".join(err.partition("collect_statistics")[0].split())
+    assert "Images are resized to 24 and cropped to 24 (bilinear), then mean 0.485/0.456/0.406" in lines
+    assert "INT8: 7 of 7 convolutions and linear layers, 100.0 % of their multiply-accumulates." in lines
     code, out, _ = run("report", directory / "out")
     assert code == 0
     assert "Top-1 of every candidate" in out
