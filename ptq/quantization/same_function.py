@@ -44,22 +44,30 @@ def without_quantizers(model: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
-def require_same_function(template: Path, fp32: Path, *, input_shape: tuple[int, int, int]) -> None:
-    """Runs random images through a template without its quantizers, and through the FP32 graph.
+def require_same_function(template: Path, network: Path | nn.Module, *, input_shape: tuple[int, int, int]) -> None:
+    """Runs random images through a template without its quantizers, and through the network it was written from.
+
+    That is the network with the weights that the template has: channels scaled against each other keep the logits of
+    calibration images, and through a ReLU6 those of no others.
 
     Args:
         template: a Q/DQ template.
-        fp32: the FP32 graph of the network.
+        network: its float graph, or the network in `eval()`.
         input_shape: (c, h, w).
 
     Raises:
         ExportError: they give different logits.
     """
     images = random_images(input_shape)
+    if isinstance(network, nn.Module):
+        with torch.no_grad():
+            expected = torch.cat([network(torch.from_numpy(image[None])) for image in images]).numpy()
+    else:
+        expected = _logits(network, images)
     with tempfile.TemporaryDirectory() as directory:
         bare = Path(directory) / "bare.onnx"
         bare.write_bytes(without_quantizers(onnx.load(template)).SerializeToString())
-        found, expected = _logits(bare, images), _logits(fp32, images)
+        found = _logits(bare, images)
     difference = _difference(found, expected)
     if difference:
         raise ExportError(

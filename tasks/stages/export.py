@@ -11,6 +11,7 @@ from ptq.files import arrays_from_npz
 from ptq.graph import pair_sums
 from ptq.graph.candidate import write_candidate
 from ptq.graph.insertion import write_qdq_template
+from ptq.networks.network import NetworkKind, network_from_weights
 from ptq.quantization.prepare_torch import write_template
 from ptq.quantization.prepared import plan_from_file
 from ptq.quantization.same_function import require_same_function
@@ -42,7 +43,9 @@ def export_qdq(model: ModelRecord, weight_method: WeightMethod, *, run: StageCon
                 weight_method=weight_method,
             )
         if not model.is_trained:
-            require_same_function(path, store.get_path(model.fp32_onnx), input_shape=model.input_shape)
+            kind = NetworkKind(model.name, model.num_classes, model.input_shape)
+            network = weights if model.source == "onnx" else network_from_weights(weights, kind).original
+            require_same_function(path, network, input_shape=model.input_shape)
         template = store.put_file(path)
     get_run_logger().info("Exported the Q/DQ template, %d bytes", template.size_bytes)
     return template

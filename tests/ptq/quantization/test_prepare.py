@@ -15,7 +15,7 @@ from ptq.graph.coverage import describe, require_coverage
 from ptq.networks.network import NetworkKind, network_as_built, network_from_weights
 from ptq.networks.unfolding import unfolded_state
 from ptq.quantization.prepare import prepare_model
-from ptq.quantization.prepare_torch import write_float_model, write_template
+from ptq.quantization.prepare_torch import equalize_model, write_float_model, write_template
 from ptq.quantization.same_function import require_same_export, require_same_function, without_quantizers
 
 SHAPE = (3, 12, 12)
@@ -274,6 +274,37 @@ def test_a_template_without_its_quantizers_is_the_network_and_one_that_is_not_is
     onnx.save(model, template)
     with pytest.raises(ExportError, match="not the network that was given: without its quantizers its logits differ"):
         require_same_function(template, found.files["fp32_onnx"], input_shape=SHAPE)
+
+
+class Clipped(nn.Module):
+    """Two convolutions with a ReLU6 between them, which clips nothing of small images and much of large ones."""
+
+    def __init__(self, num_classes=4):
+        super().__init__()
+        self.first, self.second, self.fc = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, num_classes)
+        with torch.no_grad():
+            self.first.weight *= torch.logspace(-2, 1.5, 8)[:, None, None, None]
+
+    def forward(self, x):
+        return self.fc(F.relu(self.second(F.relu6(self.first(x)))).mean((2, 3)))
+
+
+def test_channels_scaled_through_a_relu6_are_the_network_of_their_weights(tmp_path):
+    found = prepared(tmp_path, "Clipped")
+    name = "test_prepare_networks:Clipped"
+    small = {spec.observed: np.geomspace(1e-3, 1.0, 8) for spec in found.plan.activations if spec.observed != "images"}
+    files, changed = equalize_model(
+        weights=found.files["weights"], plan=found.plan, ranges={**small, "images": np.ones(3)}, name=name,
+        num_classes=4, input_shape=SHAPE, directory=tmp_path,
+    )  # fmt: skip
+    assert changed > 0
+    write_template(
+        tmp_path / "t.onnx", weights=files["weights"], plan=found.plan, name=name, num_classes=4, input_shape=SHAPE
+    )
+    network = network_from_weights(files["weights"], NetworkKind(name, 4, SHAPE)).original
+    require_same_function(tmp_path / "t.onnx", network, input_shape=SHAPE)
+    with pytest.raises(ExportError, match="not the network"):  # it differs where calibration images never were
+        require_same_function(tmp_path / "t.onnx", found.files["fp32_onnx"], input_shape=SHAPE)
 
 
 @pytest.mark.parametrize(("factor", "why"), [(1e7, "NaN or infinity"), (1e-7, "FP16"), (1.0, "")])
