@@ -174,17 +174,13 @@ def _fold_affine_(graph: gs.Graph) -> None:
     graph.cleanup().toposort()
 
 
-def _negated_if(value: np.ndarray, condition: bool) -> np.ndarray:
-    return -value if condition else value
-
-
 # What a constant per channel behind a convolution makes of its bias: the factor of the weights, and the new bias. The
 # constant is the first or the second of what the operator reads.
 _AFFINE: dict[str, Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]] = {
     "Add": lambda bias, constant, _: (np.ones_like(bias), bias + constant),
     "Sub": lambda bias, constant, position: (
-        _negated_if(np.ones_like(bias), position == 0),
-        _negated_if(bias - constant, position == 0),
+        np.full_like(bias, 1 if position else -1),
+        bias - constant if position else constant - bias,
     ),
     "Mul": lambda bias, constant, _: (constant, bias * constant),
     "Div": lambda bias, constant, _: (1 / constant, bias / constant),

@@ -4,7 +4,6 @@ Reads the file with its external data and refuses what is no FP32 classifier of 
 The graph is brought into one form in `canonical`; where quantizers go is decided in the room `quantization`.
 """
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from onnx import TensorProto
 from onnx.external_data_helper import load_external_data_for_model, uses_external_data
 
 from ptq.errors import CheckpointError
-from ptq.files import file_sha256
+from ptq.files import files_sha256
 from ptq.wording import first_line, first_names
 
 # Per-channel Q/DQ exists from opset 13 on; older files are brought to the newest opset that TensorRT 8.6 reads.
@@ -65,9 +64,8 @@ def read_source(path: Path, *, input_shape: tuple[int, int, int], class_count: i
     _check_operators(path, model)
     for entry in [each for each in model.opset_import if each.domain not in _STANDARD_DOMAINS]:
         model.opset_import.remove(entry)  # of operators that the file does not have, or no longer has
-    initializers = {tensor.name for tensor in model.graph.initializer}
     _check_types(path, model)
-    inputs = [value for value in model.graph.input if value.name not in initializers]
+    inputs = _inputs_of(model.graph)
     output = _logits_of(model, class_count)
     if len(inputs) != 1 or output is None:
         names = ", ".join(value.name for value in (*inputs, *model.graph.output))
@@ -97,10 +95,14 @@ def reads_pixels(path: Path) -> bool:
     Raises:
         CheckpointError: the file is absent or damaged.
     """
-    graph = _parsed(path).graph
-    initializers = {tensor.name for tensor in graph.initializer}
-    inputs = [value for value in graph.input if value.name not in initializers]
+    inputs = _inputs_of(_parsed(path).graph)
     return len(inputs) == 1 and inputs[0].type.tensor_type.elem_type == TensorProto.UINT8
+
+
+def _inputs_of(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
+    """The inputs that are not weights, which older exporters list among them."""
+    weights = {tensor.name for tensor in graph.initializer}
+    return [value for value in graph.input if value.name not in weights]
 
 
 def _inlined(path: Path, model: onnx.ModelProto) -> onnx.ModelProto:
@@ -157,8 +159,7 @@ def source_digest(path: Path) -> str:
     model = _parsed(path)
     locations = _data_files(model)
     _load_data_(path, model)  # an absent file is an error with its reason
-    digests = [file_sha256(path), *(file_sha256(path.parent / location) for location in locations)]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    return files_sha256([path, *(path.parent / location for location in locations)])
 
 
 def _data_files(model: onnx.ModelProto) -> list[str]:

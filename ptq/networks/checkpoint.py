@@ -1,7 +1,6 @@
 """Which weights does a checkpoint hold, and do they fit the network?"""
 
 import argparse
-import hashlib
 import json
 import pathlib
 import re
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from ptq.errors import CheckpointError
-from ptq.files import file_sha256
+from ptq.files import files_sha256
 from ptq.networks.factory import create_model, factory_digest
 from ptq.wording import first_line, first_names
 
@@ -263,8 +262,7 @@ def checkpoint_digest(checkpoint: Path) -> str:
     Raises:
         CheckpointError: there is no such file.
     """
-    digests = [file_sha256(path) for path in _files_of(checkpoint)]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    return files_sha256(_files_of(checkpoint))
 
 
 def model_sources(name: str, checkpoint: Path) -> list[str]:
